@@ -1,0 +1,53 @@
+# Everything a developer or a newcomer runs. Each target does its own set-up: the stamp files make
+# a second run install nothing.
+
+# The first interpreter on the PATH that is new enough.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STORAGE ?= sqlite:///storage/accelsearch.db
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed ## Search the bundled model for its upper bound: about 3 minutes on 2 cores
+	$(BIN)/accelsearch bounds studies/shapes-demo.toml --storage $(STORAGE)
+	$(BIN)/accelsearch export --out storage/exports --storage $(STORAGE)
+
+test: $(VENV)/installed-dev ## Run the tests: no network, no GPU
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(VENV)/installed-dev ## Run the slow tests
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+lint: $(VENV)/installed-dev ## ruff, mypy and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/installed ## Measure this project itself: the A/A control
+	$(BIN)/python benchmarks/control.py
+
+clean: ## Remove the virtual environment and all caches, but no results
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "accelsearch needs Python 3.11 or newer on the PATH, found none; \
+	install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by itself: resolved together with others, pip may try several builds of it.
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard]'
+	@touch $@

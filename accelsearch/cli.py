@@ -1,0 +1,349 @@
+"""The commands, thin: options in, one call, results to stdout and everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from accelsearch import __version__
+from accelsearch.errors import AccelSearchError, PlanError, TrialError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from accelsearch.configuration import Configuration
+    from accelsearch.measurement import ParamValue
+
+# Modules that import torch or optuna are imported inside the commands: `--help` stays instant.
+
+app = typer.Typer(
+    help="Find the fastest acceleration parameters of a diffusion pipeline within a loss budget.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Typer has a click of its own since some version; what it exports is of the one that it uses.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+_INTERRUPTED = 130  # Typer's answer to Ctrl-C
+_DEFAULT_STORAGE = "sqlite:///storage/accelsearch.db"
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, studies/*.toml.")]
+Storage = Annotated[
+    str,
+    typer.Option(envvar="ACCELSEARCH_STORAGE", help="URL of the database.", show_envvar=True),
+]
+Artifacts = Annotated[
+    Path, typer.Option(help="Folder of the trials' pictures.", envvar="ACCELSEARCH_ARTIFACTS")
+]
+Device = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda or cuda:N, instead of the plan's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one line, exit code 2 (or 1)."""
+    try:
+        code = app(standalone_mode=False)
+    except AccelSearchError as error:
+        _fail(str(error), error.exit_code)
+    except _UsageError as error:
+        path = error.ctx.command_path if error.ctx else "accelsearch"
+        _fail(f"{error.format_message()} See: {path} --help", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        _fail("interrupted; run the same command again to continue", code)
+    raise SystemExit(code or 0)
+
+
+@app.command(epilog="Example: accelsearch bounds studies/shapes-demo.toml")
+def bounds(
+    plan: PlanFile,
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    trials: Annotated[
+        int | None, typer.Option(help="Trials a study, instead of the plan's.")
+    ] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Seconds a study may take.")] = None,
+    device: Device = None,
+) -> int:
+    """Search every configuration of a plan for its largest speedup within the budget.
+
+    Run it again to continue: finished trials are never repeated.
+    """
+    from accelsearch.configuration import load_plan
+
+    overrides = {"search.trials": trials, "search.timeout_s": timeout_s, "device": device}
+    configurations = load_plan(plan, overrides).configurations()
+
+    from accelsearch.console import bounds_table, progress_on
+    from accelsearch.storage import open_storage
+    from accelsearch.study import search
+
+    database = open_storage(storage)
+    found, failed = [], False
+    for configuration in configurations:
+        try:
+            with progress_on(_stderr()) as progress:
+                found.append(
+                    search(configuration, database, artifacts=artifacts, progress=progress)
+                )
+        except TrialError as error:
+            # A fact about this configuration; the others may do better.
+            failed = True
+            _complain(f"{configuration.slug}: {error}")
+    if found:
+        _stdout().print(bounds_table(found))
+    return 1 if failed or not any(one.best for one in found) else 0
+
+
+@app.command(epilog="Example: accelsearch measure studies/shapes-demo.toml --set cache_interval=3")
+def measure(
+    plan: PlanFile,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="An acceleration parameter; repeatable."),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method to use with its defaults; repeatable.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="One of the plan's schedulers.")] = None,
+    steps: Annotated[int | None, typer.Option(help="One of the plan's steps.")] = None,
+    score: Annotated[bool, typer.Option(help="Make and score images too.")] = True,
+    device: Device = None,
+) -> int:
+    """Measure one setting and print it as JSON; no study, nothing is stored.
+
+    Without --set and --method no method is applied: the A/A control, whose speedup is 1.
+    """
+    configuration, params = _one_setting(plan, set_ or [], method or [], scheduler, steps, device)
+
+    from accelsearch.objective import Bench, environment_of
+
+    console = _stderr()
+    with console.status("") as status:
+        bench = Bench(configuration, status.update)
+        result = bench.measure({**bench.defaults(), **params}, score=score)
+    latency = result.measurement.latency
+    interval = latency.interval()
+    _print_json(
+        {
+            "methods": list(configuration.methods),
+            "params": result.measurement.params,
+            "speedup": latency.speedup,
+            "speedup_interval": None if interval is None else list(interval),
+            "baseline_latency_s": latency.baseline_median_s,
+            "latency_s": latency.accelerated_median_s,
+            "outcome": result.outcome.value,
+            "reason": result.reason,
+            "losses": result.losses,
+            "measurement": result.measurement.to_dict(),
+            "configuration": configuration.context(),
+            "environment": environment_of(configuration).to_dict(),
+        }
+    )
+    return 0
+
+
+@app.command(epilog="Example: accelsearch methods")
+def methods(as_json: Json = False) -> int:
+    """List the acceleration methods with their parameters."""
+    from dataclasses import asdict
+
+    from accelsearch.methods import METHODS
+
+    if as_json:
+        _print_json(
+            {name: [asdict(one) for one in method.parameters] for name, method in METHODS.items()}
+        )
+        return 0
+    from rich.table import Table
+
+    table = Table("method", "parameter", "range", "default", "meaning")
+    for name, method in METHODS.items():
+        for index, one in enumerate(method.parameters):
+            first = name if index == 0 else ""
+            table.add_row(
+                first, one.name, one.range, str(one.default), f"{one.meaning}\n[dim]{one.source}[/]"
+            )
+        table.add_section()
+    _stdout().print(table)
+    return 0
+
+
+@app.command(epilog="Example: accelsearch export --out storage/exports")
+def export(
+    out: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = Path("storage/exports"),
+    study: Annotated[
+        list[str] | None, typer.Option(help="A study to export, instead of all; repeatable.")
+    ] = None,
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+) -> int:
+    """Write speedup_bounds.json and search_params.json, and a picture of each best trial."""
+    from accelsearch.export import export as export_to
+    from accelsearch.storage import open_storage
+
+    database = open_storage(storage, create=False)
+    exported = export_to(database, out, artifacts=artifacts, names=study or None)
+    for file in (exported.bounds, exported.params, *exported.pictures):
+        typer.echo(file)
+    for name in exported.nothing_feasible:
+        typer.echo(f"no entry: nothing feasible in {name}", err=True)
+    return 0 if exported.entries else 1
+
+
+@app.command(epilog="Example: accelsearch status --json")
+def status(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
+    """Show the studies of a database: trials by outcome, and the best feasible one."""
+    from accelsearch.queries import fastest_feasible, outcomes
+    from accelsearch.storage import open_storage, read_studies
+
+    studies = read_studies(open_storage(storage, create=False))
+    if as_json:
+        _print_json(
+            [
+                {
+                    "study": study.name,
+                    "device": study.environment.device,
+                    "outcomes": {key.value: count for key, count in outcomes(study).items()},
+                    "best": None
+                    if (best := fastest_feasible(study)) is None
+                    else {"trial": best.number, "speedup": best.speedup, "params": best.params},
+                }
+                for study in studies
+            ]
+        )
+        return 0
+    from rich.table import Table
+
+    from accelsearch.console import settings
+
+    table = Table()
+    for name in ("study", "device", "trials", "best feasible"):
+        table.add_column(name, overflow="fold")  # a study's name is to be copied
+    for study in studies:
+        best = fastest_feasible(study)
+        counted = "\n".join(f"{count} {key.value}" for key, count in outcomes(study).items())
+        shown = "none" if best is None else f"{best.speedup:.2f}x\n{settings(best.params)}"
+        table.add_row(study.name, study.environment.device, counted or "none", shown)
+    _stdout().print(table)
+    return 0
+
+
+@app.command(epilog="Example: accelsearch doctor")
+def doctor(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
+    """Say what works on this machine, and what to do about the rest."""
+    from accelsearch.doctor import examine
+
+    findings = examine(storage)
+    if as_json:
+        _print_json([vars(finding) for finding in findings])
+    else:
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        for finding in findings:
+            mark = (
+                "[green]ok[/]"
+                if finding.ok
+                else "[red]missing[/]"
+                if finding.needed
+                else "[yellow]no[/]"
+            )
+            table.add_row(mark, finding.what, escape(finding.told))
+        _stdout().print(table)
+    return 0 if all(finding.ok for finding in findings if finding.needed) else 1
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+def _one_setting(
+    plan: Path,
+    given: list[str],
+    named: list[str],
+    scheduler: str | None,
+    steps: int | None,
+    device: str | None,
+) -> tuple[Configuration, dict[str, ParamValue]]:
+    """The configuration and params of `measure`: the methods are those of the params."""
+    from accelsearch.configuration import load_plan
+    from accelsearch.methods import METHODS, get
+
+    owners = {
+        one.name: (name, one) for name, method in METHODS.items() for one in method.parameters
+    }
+    params: dict[str, ParamValue] = {}
+    used = {get(name).name for name in named}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise PlanError(f"--set must be NAME=VALUE, got {text!r}")
+        if name not in owners:
+            raise PlanError(f"--set must name a parameter, got {name!r}{nearest(name, owners)}")
+        method, parameter = owners[name]
+        used.add(method)
+        params[name] = _value(value)
+        if not parameter.accepts(params[name]):
+            raise PlanError(f"{name} must be in {parameter.range}, got {value!r}")
+    overrides: dict[str, Any] = {"device": device, "methods": [sorted(used)], "space": {}}
+    overrides["schedulers"] = None if scheduler is None else [scheduler]
+    overrides["steps"] = None if steps is None else [steps]
+    configurations = load_plan(plan, overrides).configurations()
+    if len(configurations) > 1:
+        cells = ", ".join(f"{one.scheduler} {one.steps}" for one in configurations)
+        raise PlanError(
+            f"{plan}: one configuration must be measured, but the plan has {len(configurations)} "
+            f"({cells}); choose one with --scheduler and --steps"
+        )
+    return configurations[0], params
+
+
+def _value(text: str) -> ParamValue:
+    """A parameter's value as it is written: a number, true, false, or a word."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | bool) else text
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _complain(message)
+    raise SystemExit(code)
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"accelsearch: {message}\n")

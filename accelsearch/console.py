@@ -1,0 +1,222 @@
+"""What a person sees of a search: a live view on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from statistics import median
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from accelsearch.budget import loss_told
+from accelsearch.configuration import Configuration
+from accelsearch.measurement import Environment, ParamValue
+from accelsearch.queries import fastest_feasible, outcomes
+from accelsearch.storage import Outcome, StoredStudy, StoredTrial
+from accelsearch.study import Found, Progress
+
+__all__ = ["LiveProgress", "PlainProgress", "bounds_table", "progress_on", "settings", "told"]
+
+_PRUNED = (Outcome.OVER_BUDGET, Outcome.DOMINATED, Outcome.FAILED)
+
+
+@contextmanager
+def progress_on(console: Console) -> Iterator[Progress]:
+    """The progress display that suits where `console` writes to; gone at the exit, however made."""
+    if not console.is_terminal:
+        yield PlainProgress(console)
+        return
+    live = LiveProgress(console)
+    try:
+        yield live
+    finally:
+        live.stop()
+
+
+def settings(params: Mapping[str, ParamValue]) -> str:
+    """Params as a person reads them: `cache_branch_id=0, cache_interval=3`."""
+    shown = (
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in params.items()
+    )
+    return ", ".join(shown) or "nothing to set"
+
+
+def told(trial: StoredTrial) -> str:
+    """One trial in one line."""
+    speed = "" if trial.speedup is None else f"{trial.speedup:.2f}x  "
+    return f"{speed}{settings(trial.params)}: {trial.outcome.value} ({trial.reason})"
+
+
+class PlainProgress:
+    """One line for each thing that happens: for pipes, logs and CI."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._ended = 0
+
+    def study_started(self, study: StoredStudy, environment: Environment) -> None:
+        self._ended = len(study.trials)
+        known = f", {self._ended} trials stored already" if study.trials else ""
+        self._print(f"{study.name} on {environment.device}{known}")
+
+    def trial_started(self, params: Mapping[str, ParamValue]) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def trial_finished(self, study: StoredStudy) -> None:
+        limit = study.configuration.search.trials
+        for trial in study.trials[self._ended :]:
+            if trial.reused_from is None:
+                self._print(f"  trial {trial.number} (limit {limit})  {told(trial)}")
+        self._ended = len(study.trials)
+
+    def study_finished(self, found: Found) -> None:
+        self._print(f"  stopped: {found.stopped}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveProgress:
+    """A view that is redrawn in place: trials done, the best so far, what was pruned, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._study: StoredStudy | None = None
+        self._spinner = Spinner("dots")
+        self._doing = "starting"
+        self._params = ""
+        self._trials_s: list[float] = []
+        self._began = time.monotonic()
+        self._study_began = self._began
+
+    def study_started(self, study: StoredStudy, environment: Environment) -> None:
+        self._study, self._trials_s = study, []
+        self._study_began = time.monotonic()
+        self._console.print(Text.assemble((study.name, "bold"), f" on {environment.device}"))
+        self._live = Live(
+            get_renderable=self._view, console=self._console, transient=True, refresh_per_second=8
+        )
+        self._live.start()
+
+    def trial_started(self, params: Mapping[str, ParamValue]) -> None:
+        self._began, self._params = time.monotonic(), settings(params)
+
+    def doing(self, what: str) -> None:
+        self._doing = what
+
+    def trial_finished(self, study: StoredStudy) -> None:
+        self._study = study
+        trial = study.trials[-1]
+        if trial.reused_from is None:
+            self._trials_s.append(time.monotonic() - self._began)
+            style = "green" if trial.outcome is Outcome.FEASIBLE else "dim"
+            self._console.print(Text(f"  {told(trial)}", style))
+
+    def study_finished(self, found: Found) -> None:
+        self.stop()
+        self._console.print(Text(f"  stopped: {found.stopped}", "dim"))
+
+    def stop(self) -> None:
+        """Take the view down and show the cursor again, which it hides."""
+        if self._live is not None:
+            self._live.stop()
+
+    def _view(self) -> Group:
+        study = self._study
+        assert study is not None
+        counted = outcomes(study)
+        done = sum(counted[outcome] for outcome in (Outcome.FEASIBLE, *_PRUNED))
+        limit = study.configuration.search.trials
+        best = fastest_feasible(study)
+        head = Table.grid(padding=(0, 1))
+        head.add_row(
+            ProgressBar(total=limit, completed=done, width=24),
+            f"{done}/{limit} trials",
+            Text(f"best {best.speedup:.2f}x" if best and best.speedup else "none feasible", "bold"),
+            Text(_pruned(counted), "dim"),
+            Text(self._left(limit - done), "cyan"),
+        )
+        self._spinner.update(text=Text(f"{self._params}  {self._doing}", "dim"))
+        return Group(head, self._spinner)
+
+    def _left(self, trials: int) -> str:
+        """The time left: the trials to come at their median pace, or less by the time limit."""
+        assert self._study is not None
+        if not self._trials_s:
+            return ""
+        left_s = trials * median(self._trials_s)
+        timeout_s = self._study.configuration.search.timeout_s
+        if timeout_s is not None:
+            left_s = min(left_s, timeout_s - (time.monotonic() - self._study_began))
+        minutes, seconds = divmod(round(max(left_s, 0)), 60)
+        return f"{minutes}:{seconds:02d} left"
+
+
+def bounds_table(found: Iterable[Found]) -> Table:
+    """The result of `bounds`: baseline, best feasible, its score loss, and what was pruned."""
+    table = Table(title="Upper bounds", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name in ("configuration", "baseline", "best feasible", "score loss", "pruned"):
+        table.add_column(name, overflow="fold")
+    for one in found:
+        study, best = one.study, one.best
+        counted = outcomes(study)
+        table.add_row(
+            escape(_name(study.configuration)),
+            _baseline(study),
+            "none" if best is None else f"{_speedup(best)}\n{_lines(best.params)}",
+            "" if best is None else _losses(best, study.configuration),
+            _pruned(counted).replace(", ", "\n"),
+        )
+    return table
+
+
+def _name(configuration: Configuration) -> str:
+    methods = "+".join(configuration.methods) or "no method"
+    model = configuration.model.rstrip("/").rsplit("/", 1)[-1]
+    scheduler = configuration.scheduler.removesuffix("Scheduler")
+    return f"{model}, {scheduler}\n{configuration.steps} steps, {methods}"
+
+
+def _baseline(study: StoredStudy) -> str:
+    latencies = [
+        trial.measurement.latency.baseline_median_s
+        for trial in study.trials
+        if trial.measurement is not None
+    ]
+    return f"{median(latencies):.3g} s" if latencies else ""
+
+
+def _speedup(trial: StoredTrial) -> str:
+    assert trial.measurement is not None
+    interval = trial.measurement.latency.interval()
+    around = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return f"{trial.speedup:.2f}x{around}"
+
+
+def _losses(trial: StoredTrial, configuration: Configuration) -> str:
+    losses = ((trial.loss(budget), budget) for budget in configuration.budgets)
+    return "\n".join(
+        loss_told(loss, budget).replace(" loss ", "\n")
+        for loss, budget in losses
+        if loss is not None
+    )
+
+
+def _lines(params: Mapping[str, ParamValue]) -> str:
+    return settings(params).replace(", ", "\n")
+
+
+def _pruned(counted: Mapping[Outcome, int]) -> str:
+    told = (f"{counted[one]} {one.value}" for one in _PRUNED if counted.get(one))
+    return ", ".join(told) or "nothing"

@@ -1,0 +1,357 @@
+"""The contract of `speedup_bounds.json` and `search_params.json`, written once.
+
+Each file is one flat JSON object from keys to entries. A key is `str()` of a tuple of builtins:
+
+    ('StableDiffusionPipeline', 'DDIMScheduler', '50', 'upbound_speedup', 0.02, ['deepcache'])
+
+It holds the pipeline class, the scheduler class, the steps, the word `upbound_speedup` or a
+measured speedup, the largest allowed score loss and the sorted methods. Fields may be added to
+an entry; none may be renamed or removed, since other programs read them.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NoReturn, TypedDict
+
+from accelsearch.errors import ContractError, ExportError, shown
+
+__all__ = [
+    "BUFFER",
+    "UPBOUND",
+    "BoundEntry",
+    "Key",
+    "ParamsEntry",
+    "buffered",
+    "dumps",
+    "meets",
+    "read",
+    "within",
+    "write",
+]
+
+UPBOUND = "upbound_speedup"
+
+# A bound that is a little too high costs one wasted search; one that is too low hides a solution
+# for ever.
+BUFFER = 1.1
+
+
+@dataclass(frozen=True)
+class Key:
+    """The name of one entry; `str(key)` is what stands in the file.
+
+    `speedup` is a measured one (> 0), or None for an upper bound; `max_loss` is >= 0. Numbers and
+    strings of NumPy become builtins, which print as the contract wants; methods become sorted.
+
+    Raises:
+        ContractError: a field has the wrong type or is out of its range.
+    """
+
+    pipeline: str
+    scheduler: str
+    steps: int
+    speedup: float | None
+    max_loss: float
+    methods: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        fields = {
+            "pipeline": _name("pipeline", self.pipeline),
+            "scheduler": _name("scheduler", self.scheduler),
+            "steps": _steps(self.steps),
+            "speedup": None if self.speedup is None else _number("speedup", self.speedup),
+            "max_loss": _number("max_loss", self.max_loss),
+            "methods": _methods(self.methods),
+        }
+        if fields["speedup"] == 0:
+            raise ContractError(f"a key's speedup must be > 0, got {self.speedup!r}")
+        for field, value in fields.items():
+            object.__setattr__(self, field, value)
+
+    def __str__(self) -> str:
+        speedup = UPBOUND if self.speedup is None else self.speedup
+        methods = list(self.methods)
+        return str(
+            (self.pipeline, self.scheduler, str(self.steps), speedup, self.max_loss, methods)
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Key:
+        """The key that `text` is the `str()` of, so that `str(Key.parse(text)) == text`.
+
+        Raises:
+            ContractError: `text` is anything else.
+        """
+        if not isinstance(text, str):
+            raise ContractError(f"a key must be a string, got {shown(text, 120)}")
+        try:
+            fields = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            fields = None
+        if not isinstance(fields, tuple) or len(fields) != 6:
+            raise ContractError(f"a key must look like {_EXAMPLE}, got {shown(text, 120)}")
+        pipeline, scheduler, steps, speedup, max_loss, methods = fields
+        if not isinstance(steps, str) or not (steps.isascii() and steps.isdecimal()):
+            raise ContractError(f"a key's steps must be a string such as '50', got {shown(steps)}")
+        if speedup != UPBOUND and not isinstance(speedup, float):
+            raise ContractError(
+                f"a key's speedup must be {UPBOUND!r} or a float, got {shown(speedup)}"
+            )
+        if not isinstance(methods, list):
+            raise ContractError(f"a key's methods must be a list, got {shown(methods)}")
+        try:
+            count = int(steps)
+        except ValueError:  # Python refuses to convert more than 4300 digits
+            raise ContractError(f"a key's steps must be a count, got {shown(steps)}") from None
+        bound = speedup == UPBOUND
+        key = cls(pipeline, scheduler, count, None if bound else speedup, max_loss, tuple(methods))
+        if str(key) != text:
+            raise ContractError(f"a key must be written as {key}, got {shown(text, 120)}")
+        return key
+
+
+class _Context(TypedDict, total=False):
+    """What an entry may say beside its numbers: where, on what and how they were measured."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    device: str
+    resolution: list[int]  # [height, width] in pixels
+    batch_size: int
+    guidance_scale: float
+    prompts: str
+    images: int
+    seed: int
+    budgets: list[dict[str, Any]]  # every budget; the key names the first alone
+    environment: dict[str, Any]
+    study: str
+    trial: int
+    speedup_interval: list[float] | None  # [low, high], 95 %
+    losses: dict[str, float]  # of each metric that has a budget
+    methods: list[str]
+    verified: bool  # measured again on prompts and seeds that the search never saw
+
+
+class _BoundNumbers(TypedDict):
+    max_speedup: float  # buffered
+
+
+class BoundEntry(_BoundNumbers, _Context, total=False):
+    """One entry of `speedup_bounds.json`."""
+
+    measured_max_speedup: float
+    score_loss: float
+    params: dict[str, Any]
+
+
+class _ParamsNumbers(TypedDict):
+    speedup: float
+    score_loss: float
+
+
+class ParamsEntry(_ParamsNumbers, _Context, total=False):
+    """One entry of `search_params.json`.
+
+    The acceleration parameters stand beside these fields, flat, under the argument names of the
+    libraries (`cache_interval`, `ratio`, ...), which a TypedDict cannot declare.
+    """
+
+    requests: list[float]  # the requested speedups that this entry answers
+
+
+def buffered(measured: float) -> float:
+    """The upper bound to write for a measured largest speedup: 10 % more, to two decimals."""
+    return round(float(measured) * BUFFER, 2)
+
+
+def meets(speedup: float, score_loss: float, *, requested: float, max_loss: float) -> bool:
+    """Whether a result answers a request: fast enough, and within the budget."""
+    return bool(speedup >= requested) and within(score_loss, max_loss)
+
+
+def within(score_loss: float, max_loss: float) -> bool:
+    """Whether a score loss keeps a budget; one of zero or less keeps every budget, 0 included."""
+    return bool(score_loss <= 0 or score_loss < max_loss)
+
+
+def dumps(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text of a file that holds `entries`: ASCII, indented by 2, ending in a line break.
+
+    Raises:
+        ContractError: a key is malformed; an entry lacks a field that every reader indexes
+            (`max_speedup` of a bound; `speedup` and `score_loss` of params); or an entry holds
+            NaN, an infinity or a type that JSON would not give back. The message names the key.
+    """
+    for text, entry in entries.items():
+        key = Key.parse(text)
+        _check_entry(text, entry)
+        for field in ("max_speedup",) if key.speedup is None else ("speedup", "score_loss"):
+            if type(entry.get(field)) not in (int, float):
+                got = shown(entry[field]) if field in entry else "none"
+                raise ContractError(f"the entry of {text} must have a number {field!r}, got {got}")
+    return json.dumps(entries, indent=2, allow_nan=False) + "\n"
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The entries of a file, every key checked.
+
+    Raises:
+        ContractError: the file cannot be read, is not one flat JSON object of entries, names a
+            key twice, or holds a malformed key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ContractError(f"{path} must be a readable file: {reason}") from None
+    except UnicodeDecodeError as error:
+        raise ContractError(f"{path} must be UTF-8 text: {error}") from None
+    try:
+        entries = json.loads(
+            text, object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_float=_finite
+        )
+    except ContractError as error:
+        raise ContractError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ContractError(f"{path} must be valid JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ContractError(f"{path} must hold one JSON object, got {shown(entries)}")
+    for key, entry in entries.items():
+        try:
+            Key.parse(key)
+        except ContractError as error:
+            raise ContractError(f"{path}: {error}") from None
+        if not isinstance(entry, dict):
+            raise ContractError(f"{path}: the entry of {key} must be an object: {shown(entry)}")
+    return entries
+
+
+def write(path: str | os.PathLike[str], entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the file at `path` by `entries`, in one step: readers see the old or the new one.
+
+    The parent folder is created. Whatever fails, the old file stays, and nothing half-written is
+    left beside it.
+
+    Raises:
+        ContractError: as `dumps`.
+        ExportError: the file cannot be written.
+    """
+    text = dumps(entries)
+    # A link keeps pointing where it pointed: its target is replaced, not the link.
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("x", encoding="ascii", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ExportError(f"{path} must be writable: {error.strerror or error}") from None
+    _sync_folder(target.parent)
+
+
+def _name(field: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ContractError(f"a key's {field} must be a name, got {shown(value)}")
+    return str(value)
+
+
+def _steps(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ContractError(f"a key's steps must be a whole number >= 1, got {shown(value)}")
+    return int(value)
+
+
+def _number(field: str, value: object) -> float:
+    number = math.nan
+    if not isinstance(value, bool) and isinstance(value, Real):
+        with contextlib.suppress(OverflowError):  # a whole number beyond every float
+            number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ContractError(f"a key's {field} must be a finite number >= 0, got {shown(value)}")
+    return number + 0.0  # -0.0 would be another key
+
+
+def _methods(value: object) -> tuple[str, ...]:
+    # A string would pass for a sequence of one-letter names.
+    if not isinstance(value, (tuple, list)):
+        raise ContractError(f"a key's methods must be a tuple of names, got {shown(value)}")
+    names = tuple(sorted(_name("methods", name) for name in value))
+    if len(set(names)) != len(names):
+        raise ContractError(f"a key's methods must not repeat a name, got {shown(list(names))}")
+    return names
+
+
+def _check_entry(key: str, value: object, path: str = "") -> None:
+    """Refuse what JSON cannot hold or would give back as something else.
+
+    The types are compared exactly: np.float64 is a float, and np.str_ a string, yet neither
+    belongs in a file that other programs read.
+    """
+    where = f"{path.removeprefix('.')} in the entry of {key}" if path else f"the entry of {key}"
+    if not path and not isinstance(value, dict):
+        raise ContractError(f"{where} must be an object, got {shown(value)}")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if type(name) is not str:
+                raise ContractError(f"{where} must have strings as names, got {shown(name)}")
+            _check_entry(key, inner, f"{path}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _check_entry(key, inner, f"{path}[{index}]")
+    elif type(value) is float and not math.isfinite(value):
+        raise ContractError(f"{where} must be finite, got {value!r}")
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise ContractError(
+            f"{where} must be a builtin type that JSON knows, got {type(value).__name__}"
+        )
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ContractError(f"{shown(twice)} must stand once in its object, got it twice")
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ContractError(f"numbers must be finite, got {name}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ContractError(f"numbers must be finite, got {text}")
+    return number
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+_EXAMPLE = str(Key("StableDiffusionPipeline", "DDIMScheduler", 50, None, 0.02, ("deepcache",)))

@@ -1,0 +1,187 @@
+"""From stored studies to `speedup_bounds.json` and `search_params.json`, and a picture of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import BaseStorage
+
+from accelsearch import contract, report
+from accelsearch.contract import Key, buffered
+from accelsearch.errors import ExportError
+from accelsearch.queries import fastest_feasible
+from accelsearch.storage import StoredStudy, StoredTrial, read_studies
+
+__all__ = ["BOUNDS", "PARAMS", "Exported", "export"]
+
+Entries = dict[str, dict[str, Any]]
+
+BOUNDS = "speedup_bounds.json"
+PARAMS = "search_params.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written, and the studies of which there was nothing to write."""
+
+    bounds: Path
+    params: Path
+    pictures: tuple[Path, ...]
+    entries: int
+    nothing_feasible: tuple[str, ...]
+
+
+def export(
+    storage: BaseStorage,
+    out: Path,
+    *,
+    artifacts: Path,
+    names: Sequence[str] | None = None,
+) -> Exported:
+    """Write the upper bound of each study (all, or those named), and the parameters that reach it.
+
+    Entries that the files already hold under other keys stay; one of another study is replaced
+    only where `names` chooses. A study without a feasible trial has no entry.
+
+    Raises:
+        StorageError: no study, or none of a name.
+        ExportError: two studies differ in what a key does not say, so that one would overwrite the
+            other, now or in an existing file; or a file cannot be written.
+        ContractError: an existing file is not one of ours.
+    """
+    studies = read_studies(storage, names)
+    if not studies:
+        raise ExportError("there must be a study to export, found none; run `accelsearch bounds`")
+    best = {study.name: fastest_feasible(study) for study in studies}
+    found = [(study, trial) for study in studies if (trial := best[study.name])]
+    _refuse_collisions([study for study, _ in found])
+
+    bounds: Entries = {}
+    params: Entries = {}
+    for study, trial in found:
+        bounds[str(study.configuration.key(None))] = _bound(study, trial)
+        params[str(study.configuration.key(trial.speedup))] = _params(study, trial)
+    files = (out / BOUNDS, out / PARAMS)
+    # Read both before either is written: what is wrong with one leaves both as they were.
+    kept = [contract.read(file) if file.exists() else {} for file in files]
+    if names is None:
+        for file, old, new in zip(files, kept, (bounds, params), strict=True):
+            _refuse_replacing(file, old, new)
+    for file, old, new in zip(files, kept, (bounds, params), strict=True):
+        contract.write(file, {**old, **new})
+
+    pictures = []
+    for study, trial in found:
+        png = report.kept_picture(artifacts, storage, study.name, trial.number)
+        if png is not None:
+            pictures.append(_write(out / f"{study.name}.png", png))
+    missing = tuple(name for name, trial in best.items() if trial is None)
+    return Exported(*files, tuple(pictures), len(found), missing)
+
+
+def _refuse_collisions(studies: Sequence[StoredStudy]) -> None:
+    by_key: dict[Key, list[StoredStudy]] = {}
+    for study in studies:
+        by_key.setdefault(study.configuration.key(None), []).append(study)
+    for key, sharing in by_key.items():
+        if len(sharing) > 1:
+            first, *others = sharing
+            differing = sorted({name for other in others for name in _differing(first, other)})
+            raise ExportError(
+                f"studies must not share a key, but {len(sharing)} have {key} and differ in "
+                f"{', '.join(differing)}: {', '.join(study.name for study in sharing)}; "
+                "choose one of them with --study"
+            )
+
+
+def _refuse_replacing(file: Path, old: Entries, new: Entries) -> None:
+    for key, entry in new.items():
+        study = old.get(key, {}).get("study", entry["study"])
+        if study != entry["study"]:
+            raise ExportError(
+                f"studies must not share a key, but {file} has {key} of {study}, and it would be "
+                f"replaced by that of {entry['study']}; choose it with --study, or another --out"
+            )
+
+
+def _differing(left: StoredStudy, right: StoredStudy) -> list[str]:
+    one, other = left.configuration.identity(), right.configuration.identity()
+    names = [name for name in one if one[name] != other.get(name)]
+    here, there = left.environment.to_dict(), right.environment.to_dict()
+    return names + [f"environment.{name}" for name in here if here[name] != there[name]]
+
+
+def _bound(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
+    assert trial.speedup is not None
+    return {
+        "max_speedup": buffered(trial.speedup),
+        "measured_max_speedup": trial.speedup,
+        "params": dict(trial.params),
+        **_shared(study, trial),
+    }
+
+
+def _params(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
+    return {
+        # Flat, under the libraries' own argument names: this is what the other programs read.
+        **trial.params,
+        "speedup": trial.speedup,
+        **_shared(study, trial),
+    }
+
+
+def _shared(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
+    """What entries of both files say of where, on what and how their numbers were measured."""
+    configuration, measurement = study.configuration, trial.measurement
+    assert measurement is not None
+    losses = {budget.metric: trial.loss(budget) for budget in configuration.budgets}
+    interval = measurement.latency.interval()
+    return {
+        "score_loss": losses[configuration.budgets[0].metric],
+        "losses": losses,
+        "scores": {
+            scores.metric: sum(scores.accelerated) / len(scores.accelerated)
+            for scores in measurement.scores
+        },
+        "speedup_interval": None if interval is None else list(interval),
+        "baseline_latency_s": measurement.latency.baseline_median_s,
+        "latency_s": measurement.latency.accelerated_median_s,
+        "baseline_peak_memory_bytes": measurement.baseline_peak_memory_bytes,
+        "peak_memory_bytes": measurement.peak_memory_bytes,
+        "methods": list(configuration.methods),
+        "implementation": dict(measurement.implementation),
+        "model": configuration.model,
+        "revision": configuration.revision,
+        "variant": configuration.variant,
+        "dtype": configuration.dtype,
+        "device": study.environment.device,
+        "resolution": [configuration.height, configuration.width],
+        "batch_size": configuration.batch_size,
+        "guidance_scale": configuration.guidance_scale,
+        "negative_prompt": configuration.negative_prompt,
+        "prompts": configuration.prompts_name,
+        "images": configuration.images,
+        "seed": configuration.seed,
+        "scoring_model": configuration.scoring_model,
+        "budgets": [budget.model_dump() for budget in configuration.budgets],
+        "environment": study.environment.to_dict(),
+        "study": study.name,
+        "trial": trial.number,
+        "verified": False,  # measured on the prompts of the search alone
+    }
+
+
+def _write(file: Path, data: bytes) -> Path:
+    """Replace a file in one step."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ExportError(f"{file} must be writable: {error.strerror}") from None
+    return file

@@ -1,0 +1,381 @@
+"""The database of studies and trials: opened by URL, and the one place that knows its attributes.
+
+A study stores its configuration and its environment; a trial its measurement with every sample,
+its outcome and the reason for it. What is read back is frozen data without Optuna in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
+from sqlalchemy.engine import URL, make_url
+
+from accelsearch.configuration import Budget, Configuration
+from accelsearch.contract import within
+from accelsearch.errors import StorageError, nearest
+from accelsearch.measurement import (
+    Environment,
+    Measurement,
+    ParamValue,
+    score_loss,
+)
+
+__all__ = [
+    "Outcome",
+    "StoredStudy",
+    "StoredTrial",
+    "create_study",
+    "exists",
+    "open_storage",
+    "read_studies",
+    "read_study",
+    "record",
+    "redacted",
+    "study_name",
+]
+
+_HEARTBEAT_S, _GRACE_S = 30, 120
+_BUSY_S = 60  # that a writer waits for another one's lock on a SQLite file
+_KINDS = ("sqlite", "postgresql", "mysql")
+_CONFIGURATION, _ENVIRONMENT = "configuration", "environment"
+_MEASUREMENT, _OUTCOME, _REASON = "measurement", "outcome", "reason"
+_REUSED, _SECONDS = "reused_from", "seconds"
+
+
+class Outcome(StrEnum):
+    """How a trial ended. Those but `feasible` say why its setting is no answer."""
+
+    FEASIBLE = "feasible"
+    OVER_BUDGET = "over budget"
+    DOMINATED = "dominated"  # slower than a feasible trial, so its images were not scored
+    UNSCORED = "not scored"  # only its latency was asked for
+    FAILED = "failed"  # could not be measured
+    INTERRUPTED = "interrupted"  # the worker stopped in the middle of it
+    RUNNING = "running"
+
+
+@dataclass(frozen=True)
+class StoredTrial:
+    """One trial as stored; `params` are the effective ones, all of them."""
+
+    number: int
+    outcome: Outcome
+    reason: str
+    params: dict[str, ParamValue]
+    measurement: Measurement | None = None
+    reused_from: int | None = None  # the trial that measured these params
+    seconds: dict[str, float] = field(default_factory=dict)  # spent on each part of the trial
+    finished: datetime | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        return None if self.measurement is None else self.measurement.latency.speedup
+
+    def loss(self, budget: Budget) -> float | None:
+        """The score loss of this budget's metric; None where it was not scored."""
+        for scores in self.measurement.scores if self.measurement else ():
+            if scores.metric == budget.metric:
+                return score_loss(scores, budget.floor_db)
+        return None
+
+    def feasible(self, budgets: Sequence[Budget]) -> bool:
+        """Whether the trial finished and kept all of the budgets."""
+        losses = [(self.loss(budget), budget) for budget in budgets]
+        return self.outcome is Outcome.FEASIBLE and all(
+            loss is not None and within(loss, budget.max_loss) for loss, budget in losses
+        )
+
+
+@dataclass(frozen=True)
+class StoredStudy:
+    """One study as stored, with all its trials in order."""
+
+    name: str
+    configuration: Configuration
+    environment: Environment
+    trials: tuple[StoredTrial, ...]
+
+
+def open_storage(url: str, *, create: bool = True) -> BaseStorage:
+    """Open the database that `url` names, and create its file and tables if there are none.
+
+    Without `create`, a SQLite file that does not exist is an error instead.
+
+    Raises:
+        StorageError: the URL is none, names an unknown kind of database or one whose driver is
+            not installed, or the database cannot be reached, written or understood.
+    """
+    parsed = _parsed(url)
+    shown = redacted(url)
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if parsed.get_backend_name() == "sqlite":
+        file = _sqlite_file(parsed)
+        if file is not None:
+            if not create and not file.is_file():
+                raise StorageError(
+                    f"storage must exist to be read, found no file {file}; "
+                    "run `accelsearch bounds PLAN` first, or name another with --storage"
+                )
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(
+                    f"storage must be writable, got {shown}: {error.strerror}; "
+                    "name another with --storage"
+                ) from None
+        options = {"connect_args": {"timeout": _BUSY_S}}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Heartbeats and metric names are experimental in name only: years old, and pinned by a range.
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    # Optuna fills a template in, to which braces in a path or a password are fields.
+    template = url.replace("{", "{{").replace("}", "}}")
+    try:
+        storage = RDBStorage(
+            template, engine_kwargs=options, heartbeat_interval=_HEARTBEAT_S, grace_period=_GRACE_S
+        )
+        if parsed.get_backend_name() == "sqlite":
+            _use_write_ahead_log(storage)
+    except ImportError as error:
+        driver = parsed.drivername
+        raise StorageError(
+            f"storage {shown} needs the driver of {driver}, which is not installed: "
+            f"{error.__cause__ or error}"
+        ) from None
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise StorageError(
+            f"storage must be reachable and writable, got {shown}: {_cause(error)}"
+        ) from None
+    except (RuntimeError, ValueError) as error:  # another Optuna's tables; an option of the URL
+        raise StorageError(f"storage {shown} cannot be used: {error}") from None
+    return optuna.storages.get_storage(storage)
+
+
+def exists(url: str) -> bool:
+    """Whether there is something to open; a server is taken to be there.
+
+    Raises:
+        StorageError: the URL is none, or of an unknown kind of database.
+    """
+    parsed = _parsed(url)
+    file = _sqlite_file(parsed) if parsed.get_backend_name() == "sqlite" else None
+    return file is None or file.is_file()
+
+
+def redacted(url: str) -> str:
+    """The URL without its password, fit for logs, pages and files."""
+    parsed = _well_formed(url)
+    if parsed is None:
+        # Nobody knows where in it the password is.
+        return re.sub(r"://.*", "://***", url, flags=re.DOTALL) if "://" in url else "***"
+    secret = {"password", "passwd", "pwd", "sslpassword", "sslkey"}
+    query = {
+        key: value if key.lower() not in secret else "***" for key, value in parsed.query.items()
+    }
+    shown = parsed.set(query=query).render_as_string(hide_password=True)
+    return shown.replace("%2A%2A%2A", "***")
+
+
+def study_name(configuration: Configuration, environment: Environment) -> str:
+    """The name of the study: readable, and different wherever results must not mix.
+
+    The last part is a hash of everything that is measured and of where.
+    """
+    identity = {**configuration.identity(), "environment": environment.identity()}
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return f"{configuration.slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def create_study(
+    storage: BaseStorage,
+    configuration: Configuration,
+    environment: Environment,
+    sampler: optuna.samplers.BaseSampler,
+) -> optuna.Study:
+    """The Optuna study of this configuration in this environment, new or continued.
+
+    A continued study takes over what its identity leaves open: limits, sampler, precision.
+    """
+    study = optuna.create_study(
+        storage=storage,
+        study_name=study_name(configuration, environment),
+        sampler=sampler,
+        direction="maximize",
+        load_if_exists=True,
+    )
+    study.set_metric_names(["speedup"])
+    # pydantic warns of the ranges in `space`, which it writes as it reads them.
+    stored = configuration.model_dump(mode="json", warnings=False)
+    attributes = {_ENVIRONMENT: environment.to_dict(), _CONFIGURATION: stored}
+    for name, value in attributes.items():
+        if study.user_attrs.get(name) != value:
+            study.set_user_attr(name, value)
+    return study
+
+
+def record(
+    trial: optuna.Trial,
+    outcome: Outcome,
+    reason: str,
+    *,
+    measurement: Measurement | None = None,
+    violations: Mapping[str, float] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    reused_from: int | None = None,
+) -> None:
+    """Store what a running trial has found. Call it once, right before the trial ends.
+
+    `violations` are Optuna's constraints, by metric; they are write-once, so they come last.
+    """
+    trial.set_user_attr(_REASON, reason)
+    if seconds:
+        trial.set_user_attr(_SECONDS, {name: round(value, 3) for name, value in seconds.items()})
+    if reused_from is not None:
+        trial.set_user_attr(_REUSED, reused_from)
+    if measurement is not None:
+        # The same step for every trial: TPE ranks pruned ones by the last step reported.
+        trial.report(measurement.latency.speedup, step=0)
+        trial.set_user_attr(_MEASUREMENT, measurement.to_dict())
+    trial.set_user_attr(_OUTCOME, outcome.value)
+    for metric, violation in (violations or {}).items():
+        trial.set_constraint(metric, violation)
+
+
+def read_studies(
+    storage: BaseStorage, names: Sequence[str] | None = None
+) -> tuple[StoredStudy, ...]:
+    """The studies of these names, or all, in the order of their making.
+
+    Studies that accelsearch did not make are left out; naming one is an error.
+
+    Raises:
+        StorageError: there is no study of a name, or what is stored cannot be read.
+    """
+    made = {study.study_name: study for study in storage.get_all_studies()}
+    ours = {_CONFIGURATION, _ENVIRONMENT}
+    made = {name: study for name, study in made.items() if ours <= study.user_attrs.keys()}
+    for name in names or ():
+        if name not in made:
+            raise StorageError(f"no study is named {name!r}{nearest(name, made)}")
+    wanted = list(made) if names is None else [name for name in made if name in set(names)]
+    return tuple(
+        _study(
+            name,
+            made[name].user_attrs,
+            storage.get_all_trials(made[name]._study_id, deepcopy=False),
+        )
+        for name in wanted
+    )
+
+
+def read_study(study: optuna.Study) -> StoredStudy:
+    """What an open Optuna study holds now."""
+    return _study(study.study_name, study.user_attrs, study.get_trials(deepcopy=False))
+
+
+def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> StoredStudy:
+    try:
+        configuration = Configuration.model_validate_json(json.dumps(attributes[_CONFIGURATION]))
+    except ValidationError as error:
+        raise StorageError(
+            f"study {name!r} holds a configuration that this version cannot read: {error}"
+        ) from None
+    try:
+        environment = Environment.from_dict(attributes[_ENVIRONMENT])
+        return StoredStudy(name, configuration, environment, tuple(map(_trial, trials)))
+    except StorageError as error:
+        raise StorageError(f"study {name!r} cannot be read: {error}") from None
+
+
+def _trial(trial: FrozenTrial) -> StoredTrial:
+    stored = trial.user_attrs.get(_MEASUREMENT)
+    measurement = None if stored is None else Measurement.from_dict(stored)
+    if not trial.state.is_finished():
+        outcome = Outcome.RUNNING
+    elif trial.state is TrialState.FAIL and trial.user_attrs.get(_OUTCOME) != Outcome.FAILED:
+        outcome = Outcome.INTERRUPTED
+    else:
+        stored_outcome = trial.user_attrs.get(_OUTCOME, Outcome.INTERRUPTED)
+        if stored_outcome not in list(Outcome):
+            raise StorageError(f"trial {trial.number} has the unknown outcome {stored_outcome!r}")
+        outcome = Outcome(stored_outcome)
+    return StoredTrial(
+        number=trial.number,
+        outcome=outcome,
+        reason=trial.user_attrs.get(_REASON, outcome.value),
+        params=dict(trial.params if measurement is None else measurement.params),
+        measurement=measurement,
+        reused_from=trial.user_attrs.get(_REUSED),
+        seconds=trial.user_attrs.get(_SECONDS, {}),
+        finished=trial.datetime_complete,
+    )
+
+
+def _parsed(url: str) -> URL:
+    parsed = _well_formed(url)
+    if parsed is None:
+        hint = "; in a user name or password write @ as %40 and / as %2F" if "@" in url else ""
+        raise StorageError(
+            f"storage must be a database URL such as sqlite:///trials.db, got {redacted(url)!r}"
+            f"{hint}"
+        )
+    if parsed.get_backend_name() not in _KINDS:
+        raise StorageError(
+            "storage must be a URL of a known kind of database, got "
+            f"{parsed.get_backend_name()!r}{nearest(parsed.get_backend_name(), _KINDS)}"
+        )
+    try:
+        parsed.get_dialect()
+    except (sqlalchemy.exc.NoSuchModuleError, ImportError):
+        raise StorageError(
+            f"storage must name an installed driver, got {parsed.drivername!r}"
+        ) from None
+    return parsed
+
+
+def _well_formed(url: str) -> URL | None:
+    """The parts of a URL; None where they are not certain, so that one may hold a password."""
+    try:
+        parsed = make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of the port
+        return None
+    # SQLAlchemy ends a password at its first @ and takes the rest for the host. Without a host,
+    # what follows is the path of a SQLite file.
+    at = 0 if parsed.username is None else 1
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.host is None
+    if url.count("@") != at and not is_file:
+        return None
+    return parsed
+
+
+def _sqlite_file(parsed: URL) -> Path | None:
+    """The file of a SQLite URL; None for a database in memory, and for SQLite's own file: URIs."""
+    if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
+        return None
+    return Path(parsed.database)
+
+
+def _use_write_ahead_log(storage: RDBStorage) -> None:
+    """Let readers (the dashboard) and one writer work side by side."""
+    with storage.engine.connect() as connection:
+        connection.execute(sqlalchemy.text("PRAGMA journal_mode=WAL"))
+
+
+def _cause(error: BaseException) -> str:
+    """The database's own words, without SQLAlchemy's statement and parameters."""
+    if isinstance(error, optuna.exceptions.StorageInternalError):
+        error = error.__cause__ or error
+    return str(getattr(error, "orig", None) or error).partition("\n")[0]

@@ -1,0 +1,335 @@
+"""One configuration's search: which setting next, what its trial becomes, and when to stop."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+
+from accelsearch import report
+from accelsearch.budget import violation
+from accelsearch.configuration import Configuration, SearchSettings
+from accelsearch.errors import BaselineError, StorageError, TrialError
+from accelsearch.measurement import Environment, ParamValue
+from accelsearch.methods import Parameter
+from accelsearch.objective import Bench, Result, check_models, environment_of
+from accelsearch.queries import fastest_feasible
+from accelsearch.storage import (
+    Outcome,
+    StoredStudy,
+    StoredTrial,
+    create_study,
+    read_study,
+    record,
+)
+
+__all__ = ["Found", "Progress", "Silent", "search"]
+
+_HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
+_ENUMERABLE = 100_000  # settings up to which a space is listed to find untried ones
+
+
+class Progress(Protocol):
+    """Who is told how a search gets on; every call is quick."""
+
+    def study_started(self, study: StoredStudy, environment: Environment) -> None: ...
+
+    def trial_started(self, params: Mapping[str, ParamValue]) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def trial_finished(self, study: StoredStudy) -> None: ...
+
+    def study_finished(self, found: Found) -> None: ...
+
+
+class Silent:
+    """A `Progress` that keeps everything to itself."""
+
+    def study_started(self, study: StoredStudy, environment: Environment) -> None: ...
+
+    def trial_started(self, params: Mapping[str, ParamValue]) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def trial_finished(self, study: StoredStudy) -> None: ...
+
+    def study_finished(self, found: Found) -> None: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ended with: the study as stored, and why it stopped."""
+
+    study: StoredStudy
+    stopped: str
+
+    @property
+    def best(self) -> StoredTrial | None:
+        """The fastest feasible trial, whose speedup is the measured upper bound."""
+        return fastest_feasible(self.study)
+
+
+def search(
+    configuration: Configuration,
+    storage: BaseStorage,
+    *,
+    artifacts: Path,
+    progress: Progress | None = None,
+    bench: Callable[[Configuration, Callable[[str], None]], Bench] = Bench,
+) -> Found:
+    """Search one configuration until its limits are reached or every setting is measured.
+
+    What the storage already holds of this configuration in this environment counts: trials that
+    finished are not repeated, and a search whose limits are reached loads no pipeline. Feasible
+    trials leave a picture, baseline beside accelerated, in `artifacts`.
+
+    Raises:
+        ModelError, UnsupportedError, PlanError: the configuration cannot be measured at all.
+        StorageError: the artifacts' folder cannot be made.
+        BaselineError: the unaccelerated pipeline makes no usable images.
+        TrialError: the first few trials all failed; the last reason is given.
+    """
+    progress = progress or Silent()
+    settings = configuration.search
+    # Before there is a study of nothing, or a picture to lose.
+    check_models(configuration)
+    _make_folder(artifacts)
+    environment = environment_of(configuration)
+    study = create_study(storage, configuration, environment, _sampler(settings, 0))
+    stored = _read(study, configuration)
+    # Going on with the same seed would suggest again what it suggested in the beginning.
+    study.sampler = _sampler(settings, len(stored.trials))
+    progress.study_started(stored, environment)
+    if len(_measured(stored)) >= settings.trials:
+        return _finished(progress, stored, _limit(settings))
+
+    ready = bench(configuration, progress.doing)
+    space = ready.space
+    size = _size(space)
+    if not stored.trials and space:
+        study.enqueue_trial(ready.defaults())
+    deadline = time.monotonic() + (settings.timeout_s or math.inf)
+    on_grid = settings.sampler == "grid"
+    repeated = False
+
+    while True:
+        if len(_measured(stored)) >= settings.trials:
+            return _finished(progress, stored, _limit(settings))
+        if size is not None and len(_settings(stored)) >= size:
+            return _finished(progress, stored, _exhausted(size))
+        if time.monotonic() > deadline:
+            return _finished(progress, stored, f"the time limit of {settings.timeout_s:g} s")
+        # A sampler that has come round to what it knows gets something new to learn from.
+        if on_grid or (repeated and size is not None):
+            untried = _untried(space, stored)
+            if not untried:
+                return _finished(progress, stored, "the whole grid is measured")
+            if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                chance = random.Random(settings.seed + len(stored.trials))  # noqa: S311
+                study.enqueue_trial(chance.choice(untried))
+        trial = _Trial(ready, stored, artifacts, progress)
+        # One at a time: stored trials decide before each whether there is to be another.
+        study.optimize(trial, n_trials=1, catch=(TrialError,))
+        stored, repeated = _read(study, configuration), trial.repeated
+        progress.trial_finished(stored)
+        if isinstance(trial.error, BaselineError):
+            raise trial.error
+        measured = _measured(stored)
+        failures = [one for one in measured if one.outcome is Outcome.FAILED]
+        if trial.error and not repeated and len(failures) == len(measured) >= _HOPELESS:
+            raise TrialError(f"all {len(failures)} trials failed, the last with {trial.error}")
+
+
+class _Trial:
+    """The objective of one trial: suggest, measure, record; remembers how it went."""
+
+    def __init__(
+        self, bench: Bench, stored: StoredStudy, artifacts: Path, progress: Progress
+    ) -> None:
+        self._bench = bench
+        self._stored = stored
+        self._artifacts = artifacts
+        self._progress = progress
+        self.error: TrialError | None = None
+        self.repeated = False
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        params = {parameter.name: _suggest(trial, parameter) for parameter in self._bench.space}
+        self._progress.trial_started(params)
+        known = _settings(self._stored).get(_setting(params))
+        if known is not None:
+            self.repeated = True
+            return self._repeat(trial, known)
+        best = fastest_feasible(self._stored)
+        try:
+            result = self._bench.measure(params, incumbent=best.speedup if best else None)
+        except TrialError as error:
+            self.error = error
+            record(trial, Outcome.FAILED, error.reason)
+            raise
+        record(
+            trial,
+            result.outcome,
+            result.reason,
+            measurement=result.measurement,
+            violations=result.violations,
+            seconds=result.seconds,
+        )
+        if result.outcome is not Outcome.FEASIBLE:
+            raise optuna.TrialPruned(result.outcome.value)
+        self._keep_picture(trial, result)
+        return result.measurement.latency.speedup
+
+    def _repeat(self, trial: optuna.Trial, known: StoredTrial) -> float:
+        """Take a measurement of the same setting over, so that it is never made twice."""
+        budgets = self._stored.configuration.budgets
+        losses = {budget: known.loss(budget) for budget in budgets}
+        record(
+            trial,
+            known.outcome,
+            known.reason,
+            measurement=known.measurement,
+            violations={
+                budget.metric: violation(loss, budget)
+                for budget, loss in losses.items()
+                if loss is not None
+            },
+            reused_from=known.number,
+        )
+        if known.outcome is Outcome.FAILED:
+            self.error = TrialError(known.reason)
+            raise self.error
+        if known.outcome is not Outcome.FEASIBLE:
+            raise optuna.TrialPruned(known.outcome.value)
+        assert known.speedup is not None
+        return known.speedup
+
+    def _keep_picture(self, trial: optuna.Trial, result: Result) -> None:
+        assert result.images is not None
+        images = result.images[: report.PICTURED]
+        baseline, prompts = self._bench.baseline_images(len(images))
+        report.keep_picture(
+            self._artifacts,
+            trial,
+            report.comparison(
+                baseline,
+                images,
+                prompts,
+                title=f"{result.measurement.latency.speedup:.2f}x: {result.reason}",
+            ),
+        )
+
+
+def _read(study: optuna.Study, configuration: Configuration) -> StoredStudy:
+    """The study as stored, but with the limits of this search instead of those of the first."""
+    return replace(read_study(study), configuration=configuration)
+
+
+def _sampler(settings: SearchSettings, trials: int) -> BaseSampler:
+    seed = (settings.seed + trials) % 2**32
+    # The grid is walked by enqueueing: Optuna's GridSampler fails beside enqueued trials.
+    if settings.sampler in ("random", "grid"):
+        return RandomSampler(seed=seed)
+    # Jointly, since parameters of one method depend on each other.
+    return TPESampler(seed=seed, multivariate=True)
+
+
+def _suggest(trial: optuna.Trial, parameter: Parameter) -> ParamValue:
+    if parameter.kind == "choice":
+        value: ParamValue = trial.suggest_categorical(parameter.name, parameter.choices)  # type: ignore[assignment]
+        return value
+    assert parameter.low is not None
+    assert parameter.high is not None
+    if parameter.kind == "int":
+        low, high, step = int(parameter.low), int(parameter.high), int(parameter.step or 1)
+        return trial.suggest_int(parameter.name, low, high, step=step)
+    return trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step)
+
+
+def _values(parameter: Parameter) -> tuple[ParamValue, ...]:
+    """All values of a parameter; ten evenly spread ones where it is continuous."""
+    values = parameter.values()
+    if values is not None:
+        return values
+    assert parameter.low is not None
+    assert parameter.high is not None
+    width = parameter.high - parameter.low
+    # Rounding may carry the last one over the end.
+    return tuple(min(parameter.low + width * index / 9, parameter.high) for index in range(10))
+
+
+def _size(space: Sequence[Parameter]) -> int | None:
+    """The number of settings; None where a parameter is continuous, 1 where there is none."""
+    sizes = [parameter.values() for parameter in space]
+    return None if None in sizes else math.prod(len(values or ()) for values in sizes)
+
+
+def _setting(params: Mapping[str, ParamValue]) -> tuple[tuple[str, ParamValue], ...]:
+    return tuple(sorted(params.items()))
+
+
+def _measured(stored: StoredStudy) -> list[StoredTrial]:
+    """The trials that count: finished ones that were not taken over from another."""
+    unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
+    return [
+        trial
+        for trial in stored.trials
+        if trial.outcome not in unfinished and trial.reused_from is None
+    ]
+
+
+def _settings(
+    stored: StoredStudy,
+) -> dict[tuple[tuple[str, ParamValue], ...], StoredTrial]:
+    """What is measured already, by setting."""
+    return {_setting(trial.params): trial for trial in _measured(stored)}
+
+
+def _untried(space: Sequence[Parameter], stored: StoredStudy) -> list[dict[str, ParamValue]]:
+    known = _settings(stored)
+    names = [parameter.name for parameter in space]
+    every = itertools.product(*(_values(parameter) for parameter in space))
+    settings = (dict(zip(names, values, strict=True)) for values in every)
+    untried = (one for one in settings if _setting(one) not in known)
+    return list(itertools.islice(untried, _ENUMERABLE))
+
+
+def _limit(settings: SearchSettings) -> str:
+    return f"the limit of {settings.trials} trials"
+
+
+def _exhausted(size: int) -> str:
+    return f"all {size} settings are measured" if size > 1 else "the one setting is measured"
+
+
+def _make_folder(artifacts: Path) -> None:
+    try:
+        artifacts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"the artifacts' folder must be writable, got {str(artifacts)!r}: {error.strerror}; "
+            "name another with --artifacts"
+        ) from None
+    if not os.access(artifacts, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"the artifacts' folder must be writable, got {str(artifacts)!r}; "
+            "name another with --artifacts"
+        )
+
+
+def _finished(progress: Progress, stored: StoredStudy, stopped: str) -> Found:
+    found = Found(stored, stopped)
+    progress.study_finished(found)
+    return found

@@ -1,0 +1,690 @@
+"""The command line: what goes to stdout, what to stderr, and what it exits with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from ast import literal_eval
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import accelsearch
+from accelsearch import cli, objective, study
+from accelsearch.errors import TrialError
+from accelsearch.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("bounds", "measure", "methods", "export", "status", "doctor")
+PLAN = {
+    "schedulers": '["DDIMScheduler"]',
+    "steps": "[4]",
+    "methods": '[["deepcache"]]',
+    "budgets": '[{ metric = "clip_score", max_loss = 0.9 }]',
+    "prompts": '"photo"',
+    "images": "2",
+    "resolution": "32",
+    "device": '"cpu"',
+    "search": "{ trials = 2 }",
+    "latency": "{ min_pairs = 1, max_pairs = 1, warmup = 0 }",
+}
+
+Run = Callable[..., "Ran"]
+WritePlan = Callable[..., Path]
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def said_one_line(self) -> str:
+        """The one line on stderr of bad input; there is nothing else, and no traceback."""
+        assert self.code == 2, self.err
+        assert self.out == ""
+        assert self.err.startswith("accelsearch: ")
+        assert self.err.endswith("\n")
+        assert len(self.err.splitlines()) == 1, self.err
+        return self.err
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("ACCELSEARCH_STORAGE", "ACCELSEARCH_ARTIFACTS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`accelsearch ARGUMENTS` in this process."""
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["accelsearch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        assert isinstance(exited.value.code, int)
+        return Ran(exited.value.code, *capsys.readouterr())
+
+    return run
+
+
+def run_apart(*arguments: object) -> Ran:
+    """`accelsearch ARGUMENTS` as installed, in a process of its own."""
+    command = shutil.which("accelsearch", path=str(Path(sys.executable).parent))
+    assert command is not None
+    done = subprocess.run(
+        [command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def write_plan(tmp_path: Path, tiny_sd_folder: Path, tiny_clip_folder: Path) -> WritePlan:
+    """A plan of the tiny pipeline; keyword arguments replace keys by their TOML, None drops one."""
+
+    def write(**keys: str | None) -> Path:
+        models = {"model": f"'{tiny_sd_folder}'", "scoring_model": f"'{tiny_clip_folder}'"}
+        file = tmp_path / "plan.toml"
+        lines = (f"{key} = {value}" for key, value in (models | PLAN | keys).items() if value)
+        file.write_text("\n".join(lines))
+        return file
+
+    return write
+
+
+# Bad input
+
+
+@pytest.fixture(params=["bounds", "measure"])
+def command(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"modle": '"x"'}, r"plan\.toml: unknown key 'modle'; did you mean 'model'\?"),
+        ({"schedulers": '["DDIM"]'}, "got 'DDIM'; did you mean 'DDIMScheduler'"),
+        ({"steps": "[0]"}, r"steps\[0\] must be >= 1, got 0"),
+        (
+            {"budgets": '[{ metric = "clip_score", max_loss = -0.1 }]'},
+            r"budgets\[0\]\.max_loss must be >= 0, got -0\.1",
+        ),
+        ({"budgets": '[{ metric = "fid", max_loss = 0.1 }]'}, "known metric, got 'fid'"),
+        ({"budgets": None}, "budgets must be given"),
+        ({"model": None}, "model must be given"),
+        ({"model": '"./none"'}, r"model must be .*no folder '.*none'"),
+        ({"model": '"./empty"'}, r"a pipeline's folder with a model_index\.json"),
+        ({"model": '"./file"'}, r"got the file '.*file'"),
+        ({"prompts": '"./file"'}, "at least one prompt, got none in '.*file'"),
+        ({"prompts": '"./none.txt"'}, "existing text file, got '.*none.txt'"),
+        ({"device": '"gpu"'}, "must be a device, got 'gpu'"),
+        ({"scoring_model": '"./none"'}, "no folder '.*none'"),
+        ({"search": "{ trials = 0 }"}, r"search\.trials must be >= 1, got 0"),
+        ({"search": "{ sampler = 'gird' }"}, "got 'gird'; did you mean 'grid'"),
+    ],
+)
+def test_a_bad_plan_is_one_line(
+    run: Run,
+    write_plan: WritePlan,
+    tmp_path: Path,
+    command: str,
+    keys: dict[str, str | None],
+    told: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    assert re.search(told, run(command, write_plan(**keys)).said_one_line())
+
+
+def test_an_unknown_method_of_a_plan_is_one_line(run: Run, write_plan: WritePlan) -> None:
+    # `measure` takes its methods from the command line.
+    said = run("bounds", write_plan(methods='[["deepcash"]]')).said_one_line()
+    assert "methods[0][0] must be a known method, got 'deepcash'; did you mean 'deepcache'" in said
+
+
+def test_a_plan_that_is_none_is_one_line(run: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "broken.toml").write_text("model = [")
+    (tmp_path / "latin.toml").write_bytes(b"model = '\xff'")
+    for name, told in (
+        ("brocken.toml", "existing TOML file; did you mean 'broken.toml'"),
+        ("broken.toml", r"broken\.toml: a plan must be valid TOML: .*line 1"),
+        ("latin.toml", "must be UTF-8 text"),
+        (".", "must be a readable TOML file"),
+    ):
+        assert re.search(told, run(command, name).said_one_line())
+
+
+@pytest.mark.parametrize("arguments", [("bounds",), ("status",), ("export",)])
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://host", "known kind of database, got 'redis'"),
+        ("sqllite:///x.db", "got 'sqllite'; did you mean 'sqlite'"),
+        ("trials.db", "must be a database URL such as sqlite:///"),
+        ("", "must be a database URL such as sqlite:///"),
+    ],
+)
+def test_a_storage_that_is_none_is_one_line(
+    run: Run, write_plan: WritePlan, arguments: tuple[str, ...], url: str, told: str
+) -> None:
+    plan = [write_plan()] if arguments == ("bounds",) else []
+    assert told in run(*arguments, *plan, "--storage", url).said_one_line()
+
+
+def test_a_storage_that_cannot_be_written_is_one_line(
+    run: Run, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for url in (f"sqlite:///{tmp_path}/file/trials.db", f"sqlite:///{tmp_path}"):
+        assert "writable" in run("bounds", write_plan(), "--storage", url).said_one_line()
+    artifacts = run("bounds", write_plan(), "--artifacts", tmp_path / "file")
+    assert re.search(r"must be writable.*--artifacts", artifacts.said_one_line())
+
+
+@pytest.mark.parametrize("command", ["status", "export"])
+def test_before_any_search_there_is_nothing_to_read(run: Run, tmp_path: Path, command: str) -> None:
+    told = run(command).said_one_line()
+    assert "run `accelsearch bounds PLAN` first" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--set", "cache_interval"], "--set must be NAME=VALUE, got 'cache_interval'"),
+        (["--set", "cache_intervall=3"], "got 'cache_intervall'; did you mean 'cache_interval'"),
+        (["--set", "cache_interval=x"], "cache_interval must be in .*, got 'x'"),
+        (["--set", "cache_interval=NaN"], "cache_interval must be in .*, got 'NaN'"),
+        (["--set", "cache_interval=2.0"], "cache_interval must be in .*, got '2.0'"),
+        (["--set", "cache_interval=99"], "cache_interval must be in .*, got '99'"),
+        # In the parameter's range, but of no effect with four steps.
+        (["--set", "cache_interval=9"], r"cache_interval must be in 2\.\.4 or 1 for this"),
+        (["--method", "deepcash"], "unknown method 'deepcash'; did you mean 'deepcache'"),
+        (["--steps", "0"], r"steps\[0\] must be >= 1, got 0"),
+        (["--scheduler", "Nope"], "got 'Nope'"),
+        (["--device", "cuda:1"], "needs a CUDA GPU"),
+    ],
+)
+def test_a_bad_option_of_measure_is_one_line(
+    run: Run,
+    write_plan: WritePlan,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert re.search(told, run("measure", write_plan(), *options).said_one_line())
+
+
+def test_measure_wants_one_configuration(run: Run, write_plan: WritePlan) -> None:
+    plan = write_plan(steps="[4, 5]")
+    told = run("measure", plan).said_one_line()
+    assert "(DDIMScheduler 4, DDIMScheduler 5); choose one with --scheduler and --steps" in told
+    assert run("measure", plan, "--steps", "5", "--no-score").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["bond"], "No such command 'bond'"),
+        (["bounds"], "Missing argument 'PLAN'"),
+        (["bounds", "--nope"], "No such option: --nope"),
+        (["bounds", "a.toml", "b.toml"], "unexpected extra argument"),
+        (["bounds", "a.toml", "--trials", "x"], "Invalid value for '--trials'"),
+        (["export", "--study"], "'--study' requires an argument"),
+        (["--nope"], "No such option: --nope"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(run: Run, arguments: list[str], told: str) -> None:
+    said = run(*arguments).said_one_line()
+    assert told in said
+    assert "--help" in said
+
+
+def test_trials_and_time_on_the_command_line_are_checked_as_those_of_a_plan(
+    run: Run, write_plan: WritePlan
+) -> None:
+    plan = write_plan()
+    trials = run("bounds", plan, "--trials", "0").said_one_line()
+    assert "search.trials must be >= 1, got 0" in trials
+    seconds = run("bounds", plan, "--timeout-s", "-1").said_one_line()
+    assert "search.timeout_s must be > 0, got -1" in seconds
+
+
+def test_without_a_command_the_help_is_shown(run: Run) -> None:
+    ran = run()
+    assert ran.code == 2
+    assert all(name in ran.out for name in COMMANDS)
+    assert "Traceback" not in ran.err
+
+
+def test_bad_input_of_a_real_process_has_no_traceback(write_plan: WritePlan) -> None:
+    assert "existing TOML file" in run_apart("bounds", "none.toml").said_one_line()
+    plan = write_plan()
+    assert "got 'redis'" in run_apart("bounds", plan, "--storage", "redis://x").said_one_line()
+    assert "No such option" in run_apart("measure", plan, "--trials", 3).said_one_line()
+    assert "no folder" in run_apart("bounds", write_plan(model='"./none"')).said_one_line()
+
+
+# Help
+
+
+def test_the_commands_are_those_of_the_tests() -> None:
+    named = [one.name or one.callback.__name__ for one in cli.app.registered_commands]
+    assert sorted(named) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_of_every_command_has_an_example_that_works(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, option: str
+) -> None:
+    ran = run(command, option)
+    assert ran.code == 0
+    assert ran.err == ""
+    (example,) = re.findall(r"Example: (.+)", ran.out)
+    program, name, *arguments = shlex.split(example)
+    assert (program, name) == ("accelsearch", command)
+    # Parsed by the command itself; what it would do then is not the matter here.
+    for one in cli.app.registered_commands:
+        if command in (one.name, one.callback.__name__):
+            monkeypatch.setattr(one, "callback", _doing_nothing_like(one.callback))
+    assert run(command, *arguments).code == 0
+    assert all((ROOT / part).is_file() for part in arguments if part.endswith(".toml"))
+
+
+def _doing_nothing_like(callback: Any) -> Any:
+    import functools
+
+    @functools.wraps(callback)
+    def nothing(**_: Any) -> int:
+        return 0
+
+    return nothing
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    asked = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    script = f"""
+import sys
+from accelsearch.cli import main
+for arguments in {asked!r}:
+    sys.argv = ["accelsearch", *arguments]
+    try:
+        main()
+    except SystemExit as exited:
+        assert exited.code == 0, (arguments, exited.code)
+heavy = {{"torch", "diffusers", "transformers", "optuna", "numpy"}} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert accelsearch.__version__ in done.stdout.splitlines()
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://user:s3cret@host/db",
+        "postgresql+nosuchdriver://user:s3cret@host:5432/db",
+        "postgresql+psycopg://user:s3cret@127.0.0.1:1/db",
+        "user:s3cret@host/db",
+    ],
+)
+def test_a_password_of_the_storage_is_never_shown(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    plan = write_plan()
+    for arguments in (("bounds", plan), ("status",), ("export",)):
+        assert "s3cret" not in run(*arguments, "--storage", url).said_one_line()
+    monkeypatch.setenv("ACCELSEARCH_STORAGE", url)
+    for more in (("doctor",), ("doctor", "--json"), ("bounds", "--help"), ("status",)):
+        ran = run(*more)
+        assert ran.code != 0 or "--help" in more
+        assert "s3cret" not in ran.out + ran.err
+
+
+# measure
+
+
+def measured(ran: Ran) -> dict[str, Any]:
+    assert ran.code == 0, ran.err
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    result: dict[str, Any] = json.loads(ran.out, parse_constant=refuse)
+    return result
+
+
+def test_measure_without_a_method_is_the_control(run: Run, write_plan: WritePlan) -> None:
+    result = measured(run("measure", write_plan()))
+    assert result["methods"] == []
+    assert result["params"] == {}
+    assert result["outcome"] == "feasible"
+    assert result["losses"] == {"clip_score": 0.0}
+    assert result["speedup"] == pytest.approx(
+        result["baseline_latency_s"] / result["latency_s"], rel=1e-6
+    )
+    assert result["speedup_interval"] is None  # one pair
+    assert result["configuration"]["steps"] == 4
+    assert result["environment"]["versions"]["torch"] == torch.__version__
+    psnr = [one for one in result["measurement"]["scores"] if one["metric"] == "psnr"]
+    assert psnr == [{"metric": "psnr", "baseline": None, "accelerated": [100.0, 100.0]}]
+
+
+def test_measure_takes_the_method_of_a_parameter_that_is_set(
+    run: Run, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    ran = run("measure", write_plan(methods="[[]]"), "--set", "cache_interval=2")
+    result = measured(ran)
+    assert result["methods"] == ["deepcache"]
+    assert result["params"] == {"cache_interval": 2, "cache_branch_id": 0}
+    assert "DeepCache" in result["measurement"]["implementation"]["deepcache"]
+    assert {one["metric"] for one in result["measurement"]["scores"]} == {
+        "clip_score",
+        "psnr",
+        "ssim",
+    }
+    assert not (tmp_path / "storage").exists()  # nothing is stored
+
+
+def test_measure_takes_a_method_with_its_defaults_and_can_leave_scores_out(
+    run: Run, write_plan: WritePlan
+) -> None:
+    result = measured(run("measure", write_plan(), "--method", "deepcache", "--no-score"))
+    assert result["params"] == {"cache_interval": 3, "cache_branch_id": 0}
+    assert result["outcome"] == "not scored"
+    assert result["losses"] == {}
+    assert result["measurement"]["scores"] == []
+
+
+def test_measure_looks_beyond_the_space_of_the_plan(run: Run, write_plan: WritePlan) -> None:
+    plan = write_plan(space="{ cache_interval = [2] }")
+    result = measured(run("measure", plan, "--set", "cache_interval=4", "--no-score"))
+    assert result["params"]["cache_interval"] == 4
+
+
+def test_measure_of_a_broken_pipeline_is_one_line_and_exit_code_1(
+    run: Run, write_plan: WritePlan, broken_folder: Path
+) -> None:
+    ran = run("measure", write_plan(model=f"'{broken_folder}'"))
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == "accelsearch: the baseline cannot be measured: images contain NaN\n"
+
+
+def test_measure_in_a_process_of_its_own_prints_json_alone(write_plan: WritePlan) -> None:
+    ran = run_apart("measure", write_plan(), "--set", "cache_interval=2")
+    assert measured(ran)["params"]["cache_interval"] == 2
+    assert "\x1b" not in ran.err
+
+
+# bounds, status and export
+
+
+@pytest.fixture(scope="session")
+def broken_folder(
+    make_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A tiny SD whose images are all NaN."""
+    pipeline = make_pipeline("sd")
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.fill_(float("nan"))
+    folder = tmp_path_factory.mktemp("broken") / "sd"
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def test_bounds_searches_goes_on_and_is_read_by_the_others(
+    run: Run, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    plan = write_plan()
+    first = run("bounds", plan)
+    assert first.code == 0, first.err
+    assert "Upper bounds" in first.out
+    assert re.search(r"\d\.\d\dx", first.out)
+    lines = first.err.splitlines()
+    assert lines[0].startswith("sd-DDIM-4-deepcache-clip_score0.9-")
+    assert [line.startswith("  trial ") for line in lines[1:-1]] == [True, True]
+    assert lines[-1] == "  stopped: the limit of 2 trials"
+    assert "\x1b" not in first.err + first.out  # plain where there is no terminal
+
+    again = run("bounds", plan)
+    assert again.code == 0
+    assert again.out == first.out
+    assert again.err.splitlines() == [
+        f"{lines[0]}, 2 trials stored already",
+        "  stopped: the limit of 2 trials",
+    ]
+    more = run("bounds", plan, "--trials", "3")
+    header, trial, stopped = more.err.splitlines()
+    assert header == again.err.splitlines()[0]
+    assert trial.startswith("  trial 2 (limit 3)  ")
+    assert stopped == "  stopped: the limit of 3 trials"
+
+    name = lines[0].split(" on ")[0]
+    shown = run("status")
+    assert shown.code == 0
+    assert shown.err == ""
+    # A long name is broken, never cut: it is what `export --study` wants.
+    column = (line.split("│")[1].strip() for line in shown.out.splitlines() if "│" in line)
+    assert "".join(column) == name
+    assert "feasible" in shown.out
+    (as_json,) = json.loads(run("status", "--json").out)
+    assert as_json["study"] == name
+    assert sum(as_json["outcomes"].values()) == 3
+    assert as_json["best"]["speedup"] > 0
+    assert as_json["best"]["params"].keys() == {"cache_interval", "cache_branch_id"}
+
+    exported = run("export", "--study", name, "--out", "exports")
+    assert exported.code == 0
+    files = [Path(line) for line in exported.out.splitlines()]
+    assert [file.name for file in files[:2]] == ["speedup_bounds.json", "search_params.json"]
+    assert all(file.is_file() for file in files)
+    assert files[2].suffix == ".png"
+    ((key, entry),) = json.loads(files[0].read_text()).items()
+    assert literal_eval(key)[3] == "upbound_speedup"
+    assert entry["measured_max_speedup"] == as_json["best"]["speedup"]
+    unknown = run("export", "--study", name + "x").said_one_line()
+    assert f"did you mean '{name}'" in unknown
+
+
+def test_bounds_exits_with_1_when_nothing_is_feasible(run: Run, write_plan: WritePlan) -> None:
+    # DeepCache never makes exactly the same image.
+    ran = run("bounds", write_plan(budgets='[{ metric = "ssim", max_loss = 0.0 }]'))
+    assert ran.code == 1
+    assert "none" in ran.out
+    assert "2 over budget" in ran.out
+    assert "Traceback" not in ran.err
+    exported = run("export")
+    assert exported.code == 1
+    assert "no entry: nothing feasible in " in exported.err
+    (status,) = json.loads(run("status", "--json").out)
+    assert status["best"] is None
+    assert status["outcomes"] == {"over budget": 2}
+    assert "none" in run("status").out
+
+
+def test_a_broken_baseline_is_told_stored_and_exit_code_1(
+    run: Run, write_plan: WritePlan, broken_folder: Path
+) -> None:
+    ran = run("bounds", write_plan(model=f"'{broken_folder}'"))
+    assert (ran.code, ran.out) == (1, "")
+    errors = [line for line in ran.err.splitlines() if line.startswith("accelsearch: ")]
+    assert len(errors) == 1
+    assert errors[0].endswith("the baseline cannot be measured: images contain NaN")
+    assert "Traceback" not in ran.err
+    (status,) = json.loads(run("status", "--json").out)
+    assert status["outcomes"] == {"failed": 1}
+
+
+def test_a_configuration_that_fails_does_not_keep_the_others_from_being_searched(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = study.search
+
+    def search(configuration: Any, *arguments: Any, **options: Any) -> Any:
+        if configuration.steps == 4:
+            raise TrialError("all 3 trials failed, the last with out of GPU memory")
+        return plain(configuration, *arguments, **options)
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(study, "search", search)
+    ran = run("bounds", write_plan(steps="[4, 5]"))
+    assert ran.code == 1
+    assert (
+        "accelsearch: sd-DDIM-4-deepcache-clip_score0.9: all 3 trials failed, "
+        "the last with out of GPU memory\n"
+    ) in ran.err
+    assert "5 steps, deepcache" in ran.out
+    assert "4 steps" not in ran.out
+
+
+def test_one_feasible_configuration_of_several_is_a_success(
+    run: Run, write_plan: WritePlan
+) -> None:
+    budgets = '[{ metric = "ssim", max_loss = 0.0 }]'
+    ran = run("bounds", write_plan(budgets=budgets, methods='[["deepcache"], []]'))
+    assert ran.code == 0, ran.err
+    assert "stopped: the one setting is measured" in ran.err
+    assert "no method" in ran.out
+
+
+@pytest.mark.parametrize("name", ["bounds", "measure"])
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(objective.Bench, "measure", interrupted)
+    ran = run(name, write_plan())
+    assert ran.code == 130
+    assert ran.err.splitlines()[-1] == (
+        "accelsearch: interrupted; run the same command again to continue"
+    )
+    assert "Traceback" not in ran.err
+    if name == "bounds":
+        (status,) = json.loads(run("status", "--json").out)
+        assert status["outcomes"] == {"interrupted": 1}
+
+
+def test_a_space_with_nothing_left_is_bad_input(run: Run, write_plan: WritePlan) -> None:
+    ran = run("bounds", write_plan(space="{ cache_interval = [8, 9] }"))
+    assert ran.code == 2
+    errors = [line for line in ran.err.splitlines() if line.startswith("accelsearch: ")]
+    assert len(errors) == 1
+    assert "space.cache_interval must leave a value" in errors[0]
+    assert "Traceback" not in ran.err
+
+
+# methods and doctor
+
+
+def test_methods_lists_every_parameter(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    ran = run("methods")
+    assert ran.code == 0
+    assert ran.err == ""
+    rows = [[cell.strip() for cell in line.split("│")] for line in ran.out.splitlines()]
+    for name, method in METHODS.items():
+        assert any(name in row for row in rows)
+        for parameter in method.parameters:
+            (row,) = [row for row in rows if parameter.name in row]
+            assert {parameter.range, str(parameter.default)} <= set(row)
+    listed = json.loads(run("methods", "--json").out)
+    assert {name: [one["name"] for one in listed[name]] for name in listed} == {
+        name: [one.name for one in method.parameters] for name, method in METHODS.items()
+    }
+
+
+def test_doctor_tells_what_works(run: Run, tmp_path: Path) -> None:
+    ran = run("doctor")
+    assert ran.code == 0, ran.out
+    assert ran.err == ""
+    assert re.search(r"^ok +torch +2\.", ran.out, re.MULTILINE)
+    findings = json.loads(run("doctor", "--json").out)
+    assert {one["what"] for one in findings} >= {"torch", "gpu", "bundled model", "storage"}
+    assert all(one["ok"] for one in findings if one["needed"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_exits_with_1_when_something_is_missing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = run("doctor", "--storage", "redis://host")
+    assert ran.code == 1
+    assert re.search(r"^missing +storage +storage must be", ran.out, re.MULTILINE)
+
+
+def test_doctor_shows_a_remedy_with_brackets_as_it_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelsearch import doctor
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    ran = run("doctor")
+    assert "pip install 'accelsearch[dashboard]'" in ran.out
+    assert ran.code == 0  # a dashboard is not needed
+
+
+# The whole way
+
+
+@pytest.mark.slow
+def test_the_bundled_model_from_a_plan_to_the_bounds_file(run: Run, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        """
+        model = "shapes"
+        methods = [["deepcache"]]
+        budgets = [{ metric = "clip_score", max_loss = 0.5 }]
+        images = 4
+        device = "cpu"
+        space = { cache_interval = [2, 3], cache_branch_id = [0] }
+        latency = { max_pairs = 6 }
+        search = { trials = 2 }
+        """
+    )
+    searched = run("bounds", plan)
+    assert searched.code == 0, searched.err
+    exported = run("export", "--out", "exports")
+    assert exported.code == 0, exported.err
+    ((key, entry),) = json.loads((tmp_path / "exports" / "speedup_bounds.json").read_text()).items()
+    assert literal_eval(key) == (
+        "StableDiffusionPipeline",
+        "DDIMScheduler",
+        "20",
+        "upbound_speedup",
+        0.5,
+        ["deepcache"],
+    )
+    assert entry["max_speedup"] == round(entry["measured_max_speedup"] * 1.1, 2)
+    assert entry["measured_max_speedup"] > 1.2  # it really is faster
+    ((key, entry),) = json.loads((tmp_path / "exports" / "search_params.json").read_text()).items()
+    assert literal_eval(key)[3] == entry["speedup"]
+    assert entry["cache_interval"] in (2, 3)
+    assert len(list((tmp_path / "exports").glob("*.png"))) == 1

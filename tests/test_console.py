@@ -1,0 +1,262 @@
+"""What a person sees of a search: live on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from accelsearch import console as module
+from accelsearch.configuration import Budget, SearchSettings
+from accelsearch.console import (
+    LiveProgress,
+    PlainProgress,
+    bounds_table,
+    progress_on,
+    settings,
+    told,
+)
+from accelsearch.measurement import Environment, Latency, Measurement, Scores
+from accelsearch.storage import Outcome, StoredStudy, StoredTrial
+from accelsearch.study import Found
+
+ENVIRONMENT = Environment("a CPU [of mine]", "cpu", None, None, 2, "3.11", {"torch": "2.13.0"})
+HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"  # the cursor
+RUNNING = StoredTrial(9, Outcome.RUNNING, "running", {})
+
+MakeStudy = Callable[..., StoredStudy]
+
+
+def trial(
+    number: int,
+    outcome: Outcome = Outcome.FEASIBLE,
+    reason: str = "clip_score loss 1 % of 2 %",
+    *,
+    speedup: float | None = 2.0,
+    loss: float = 0.01,
+    reused_from: int | None = None,
+) -> StoredTrial:
+    params = {"cache_interval": number + 2, "cache_branch_id": 0}
+    measurement = None
+    if speedup is not None:
+        scores = Scores("clip_score", (50.0,), (50 * (1 - loss),))
+        latency = Latency((1.0,) * 6, (1 / speedup,) * 6)
+        measurement = Measurement(dict(params), latency, (scores,), None, None, {})
+    return StoredTrial(number, outcome, reason, dict(params), measurement, reused_from)
+
+
+FEASIBLE = trial(0)
+OVER = trial(1, Outcome.OVER_BUDGET, "clip_score loss 5 % of 2 %", speedup=3.0, loss=0.05)
+DOMINATED = trial(2, Outcome.DOMINATED, "a feasible trial has 2.00x", speedup=1.2)
+FAILED = trial(3, Outcome.FAILED, "images contain NaN", speedup=None)
+REUSED = trial(4, reused_from=0)
+
+
+@pytest.fixture
+def make_study(make_configuration: Callable[..., Any]) -> MakeStudy:
+    def make(*trials: StoredTrial, search: dict[str, Any] | None = None, **fields: Any) -> Any:
+        configuration = make_configuration(
+            search=SearchSettings(**({"trials": 10} | (search or {}))), **fields
+        )
+        return StoredStudy("tiny-DDIM-4-deepcache", configuration, ENVIRONMENT, trials)
+
+    return make
+
+
+def terminal() -> Console:
+    return Console(force_terminal=True, file=StringIO(), width=120, height=30, color_system=None)
+
+
+def pipe() -> Console:
+    return Console(file=StringIO(), width=40)
+
+
+def shown(console: Console) -> str:
+    """All that was written, without what moves the cursor."""
+    assert isinstance(console.file, StringIO)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+
+
+def raw(console: Console) -> str:
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_a_terminal_gets_a_live_view_and_a_pipe_plain_lines() -> None:
+    with progress_on(terminal()) as progress:
+        assert isinstance(progress, LiveProgress)
+    with progress_on(pipe()) as progress:
+        assert isinstance(progress, PlainProgress)
+
+
+def test_settings_and_trials_are_told_in_a_line() -> None:
+    assert settings({"cache_interval": 3, "ratio": 0.123456, "mode": "x"}) == (
+        "cache_interval=3, ratio=0.1235, mode=x"
+    )
+    assert settings({}) == "nothing to set"
+    assert told(OVER) == (
+        "3.00x  cache_interval=3, cache_branch_id=0: over budget (clip_score loss 5 % of 2 %)"
+    )
+    assert told(FAILED) == "cache_interval=5, cache_branch_id=0: failed (images contain NaN)"
+
+
+def test_plain_progress_writes_one_line_for_each_thing_that_happens(make_study: MakeStudy) -> None:
+    console = pipe()
+    progress = PlainProgress(console)
+    progress.study_started(make_study(), ENVIRONMENT)
+    progress.doing("loading the pipeline")
+    progress.trial_started({"cache_interval": 2})
+    progress.trial_finished(make_study(FEASIBLE))
+    progress.trial_finished(make_study(FEASIBLE, OVER))
+    progress.trial_finished(make_study(FEASIBLE, OVER, FAILED))
+    progress.study_finished(Found(make_study(FEASIBLE, OVER, FAILED), "the limit of 3 trials"))
+    assert "\x1b" not in raw(console)
+    # Lines are not broken at the 40 columns, and brackets are not taken for markup.
+    assert raw(console).splitlines() == [
+        "tiny-DDIM-4-deepcache on a CPU [of mine]",
+        f"  trial 0 (limit 10)  {told(FEASIBLE)}",
+        f"  trial 1 (limit 10)  {told(OVER)}",
+        f"  trial 3 (limit 10)  {told(FAILED)}",
+        "  stopped: the limit of 3 trials",
+    ]
+
+
+def test_plain_progress_tells_only_what_is_new(make_study: MakeStudy) -> None:
+    console = pipe()
+    progress = PlainProgress(console)
+    progress.study_started(make_study(FEASIBLE, OVER), ENVIRONMENT)
+    progress.trial_finished(make_study(FEASIBLE, OVER, REUSED))
+    progress.trial_finished(make_study(FEASIBLE, OVER, REUSED, FAILED))
+    lines = raw(console).splitlines()
+    assert lines[0].endswith(", 2 trials stored already")
+    assert lines[1:] == [f"  trial 3 (limit 10)  {told(FAILED)}"]
+
+
+def test_live_progress_shows_the_best_and_what_was_pruned(make_study: MakeStudy) -> None:
+    console = terminal()
+    with progress_on(console) as progress:
+        progress.study_started(make_study(), ENVIRONMENT)
+        progress.doing("loading the pipeline")
+        progress.trial_started(FEASIBLE.params)
+        progress.doing("timing")
+        progress.trial_finished(make_study(FEASIBLE))
+        progress.trial_started(OVER.params)
+        progress.doing("scoring 3/24")
+        study = make_study(FEASIBLE, OVER, DOMINATED, FAILED)
+        progress.trial_finished(study)
+        progress.trial_started({"cache_interval": 7})
+        progress.study_finished(Found(study, "the limit of 4 trials"))
+    text = shown(console)
+    assert "tiny-DDIM-4-deepcache on a CPU [of mine]" in text
+    assert "0/10 trials none feasible nothing" in text
+    assert "4/10 trials best 2.00x 1 over budget, 1 dominated, 1 failed" in text
+    assert re.search(r"best 2\.00x .* \d+:\d\d left", text)
+    assert "cache_interval=7  scoring 3/24" in text
+    assert f"  {told(FAILED)}" in text
+    assert text.rstrip().endswith("stopped: the limit of 4 trials")
+    assert raw(console).rfind(SHOWN) > raw(console).rfind(HIDDEN) >= 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_the_live_view_is_taken_down_whatever_ends_the_search(
+    make_study: MakeStudy, error: type[BaseException]
+) -> None:
+    console = terminal()
+    with pytest.raises(error), progress_on(console) as progress:
+        progress.study_started(make_study(), ENVIRONMENT)
+        raise error
+    assert raw(console).rfind(SHOWN) > raw(console).rfind(HIDDEN) >= 0
+
+
+def test_one_live_view_can_follow_another(make_study: MakeStudy) -> None:
+    console = terminal()
+    with progress_on(console) as progress:
+        for _ in range(2):
+            progress.study_started(make_study(), ENVIRONMENT)
+            progress.study_finished(Found(make_study(FEASIBLE), "the limit of 1 trials"))
+    assert shown(console).count("stopped: the limit of 1 trials") == 2
+
+
+@pytest.mark.parametrize(("timeout_s", "left"), [(None, "3:20 left"), (100.0, "1:20 left")])
+def test_the_time_left_is_that_of_measured_trials_or_of_the_limit(
+    make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch, timeout_s: float | None, left: str
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    search = {"trials": 10, "timeout_s": timeout_s}
+    console = terminal()
+    progress = LiveProgress(console)
+    progress.study_started(make_study(search=search), ENVIRONMENT)
+    progress.trial_started({})
+    now[0] += 20
+    progress.trial_finished(make_study(FEASIBLE, search=search))
+    # Taking measurements over takes no time; it says nothing about the next trial.
+    for _ in range(3):
+        progress.trial_started({})
+        progress.trial_finished(make_study(FEASIBLE, REUSED, search=search))
+    # Asked for directly: a drawn view would depend on the moment of its drawing.
+    console.print(progress._view())
+    progress.stop()
+    expected = left if timeout_s else "3:00 left"
+    assert expected in shown(console)
+
+
+def test_the_table_shows_baseline_best_loss_and_what_was_pruned(make_study: MakeStudy) -> None:
+    console = Console(file=StringIO(), width=120)
+    study = make_study(FEASIBLE, OVER, DOMINATED, FAILED, REUSED, RUNNING, model="/x/sd[v2]")
+    console.print(bounds_table([Found(study, "")]))
+    text = shown(console)
+    for expected in (
+        "sd[v2], DDIM",  # brackets are no markup
+        "4 steps, deepcache",
+        "1 s",
+        "2.00x [2.00, 2.00]",
+        "cache_interval=2",
+        "1 % of 2 %",
+        "1 over budget",
+        "1 dominated",
+        "1 failed",
+    ):
+        assert expected in text
+    assert "3.00x" not in text  # the faster one is over the budget
+
+
+def test_the_table_says_where_nothing_is_feasible(make_study: MakeStudy) -> None:
+    console = Console(file=StringIO(), width=120)
+    console.print(
+        bounds_table([Found(make_study(OVER), ""), Found(make_study(FAILED, methods=()), "")])
+    )
+    text = shown(console)
+    assert len(re.findall(r"\bnone\b", text)) == 2
+    assert "no method" in text
+
+
+def test_the_table_has_a_row_for_each_study_and_a_loss_for_each_budget(
+    make_study: MakeStudy,
+) -> None:
+    budgets = (Budget(metric="clip_score", max_loss=0.02), Budget(metric="ssim", max_loss=0.3))
+    assert FEASIBLE.measurement is not None
+    scores = (*FEASIBLE.measurement.scores, Scores("ssim", None, (0.8,)))
+    both = replace(FEASIBLE, measurement=replace(FEASIBLE.measurement, scores=scores))
+    table = bounds_table(
+        [
+            Found(make_study(both, budgets=budgets), ""),
+            Found(make_study(both, budgets=budgets, steps=8), ""),
+        ]
+    )
+    assert table.row_count == 2
+    console = Console(file=StringIO(), width=120)
+    console.print(table)
+    assert "20 % of 30 %" in shown(console)
+
+
+def test_the_table_fits_a_narrow_place_and_loses_nothing(make_study: MakeStudy) -> None:
+    console = Console(file=StringIO(), width=60)
+    console.print(bounds_table([Found(make_study(FEASIBLE), "")]))
+    assert "…" not in shown(console)
+    assert max(map(len, shown(console).splitlines())) <= 60

@@ -1,0 +1,458 @@
+"""What other programs read: keys, entries, and files that are whole or untouched."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.samplers import RandomSampler
+from optuna.storages import BaseStorage
+from PIL import Image
+from stored import ENVIRONMENT, add_trial, configured, measured, new_database
+
+from accelsearch import contract
+from accelsearch.configuration import Budget
+from accelsearch.errors import ContractError, ExportError, StorageError
+from accelsearch.export import BOUNDS, PARAMS, Exported, export
+from accelsearch.measurement import Environment, Latency, Scores
+from accelsearch.report import keep_picture
+from accelsearch.storage import Outcome, create_study, open_storage, record
+
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+
+BOUND = "('StableDiffusionPipeline', 'DDIMScheduler', '50', 'upbound_speedup', 0.02, ['deepcache'])"
+CLIP = Budget(metric="clip_score", max_loss=0.02)
+FOREIGN = "('FluxPipeline', 'DDIMScheduler', '8', 'upbound_speedup', 0.1, ['tome'])"
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> BaseStorage:
+    return open_storage(new_database(tmp_path))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "exports"
+
+
+def started(
+    database: BaseStorage, environment: Environment = ENVIRONMENT, **fields: Any
+) -> optuna.Study:
+    return create_study(database, configured(**fields), environment, RandomSampler(seed=0))
+
+
+def exported(database: BaseStorage, out: Path, *names: str) -> Exported:
+    return export(database, out, artifacts=out.parent / "artifacts", names=names or None)
+
+
+def entries(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return json.loads((out / BOUNDS).read_text()), json.loads((out / PARAMS).read_text())
+
+
+def one_line(error: pytest.ExceptionInfo[Any]) -> str:
+    told = str(error.value)
+    assert "\n" not in told
+    return told
+
+
+# Keys and entries
+
+
+def test_keys_are_the_tuples_of_the_contract(database: BaseStorage, out: Path) -> None:
+    study = started(database)
+    add_trial(study, 2.345678901234, 0.01)
+    exported(database, out)
+    bounds, params = entries(out)
+    (bound_key,), (params_key,) = bounds, params
+    assert bound_key == BOUND
+    pipeline, scheduler, steps, speedup, max_loss, methods = ast.literal_eval(params_key)
+    assert (pipeline, scheduler, steps) == ("StableDiffusionPipeline", "DDIMScheduler", "50")
+    assert type(speedup) is float
+    assert speedup == pytest.approx(2.345678901234)
+    assert speedup == params[params_key]["speedup"] == bounds[bound_key]["measured_max_speedup"]
+    assert (max_loss, methods) == (0.02, ["deepcache"])
+    assert "np." not in params_key
+
+
+def test_methods_are_sorted_in_the_key_and_none_is_an_empty_list(
+    database: BaseStorage, out: Path
+) -> None:
+    add_trial(started(database, methods=()), 1.01, 0.0, params={})
+    exported(database, out)
+    assert [ast.literal_eval(key)[-1] for file in entries(out) for key in file] == [[], []]
+
+
+@pytest.mark.parametrize("speedup", [0.8, 1.004, 2.0, 3.3333333, 8.37])
+def test_a_bound_is_the_measured_speedup_and_a_tenth(
+    database: BaseStorage, out: Path, speedup: float
+) -> None:
+    study = started(database)
+    add_trial(study, speedup, 0.01)
+    add_trial(study, speedup * 0.9, 0.001)
+    add_trial(study, speedup * 2, 0.02)  # exactly at the budget: over it
+    exported(database, out)
+    (entry,) = entries(out)[0].values()
+    assert entry["measured_max_speedup"] == pytest.approx(speedup)
+    assert entry["max_speedup"] == round(entry["measured_max_speedup"] * 1.1, 2)
+    assert entry["trial"] == 0
+
+
+def test_the_best_trial_is_in_the_params_flat_under_the_names_of_the_library(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    add_trial(study, 1.5, 0.001, params={"cache_interval": 2, "cache_branch_id": 1})
+    settings = {"cache_interval": 5, "cache_branch_id": 0, "ratio": 0.25, "use_rand": False}
+    best = add_trial(study, 4.0, 0.015, params=settings)
+    exported(database, out)
+    bounds, params = entries(out)
+    (bound,), (entry,) = bounds.values(), params.values()
+    assert {name: entry[name] for name in settings} == settings
+    assert type(entry["use_rand"]) is bool
+    assert bound["params"] == settings
+    assert entry["speedup"] == bound["measured_max_speedup"]
+    assert entry["score_loss"] == bound["score_loss"] == pytest.approx(0.015)
+    assert entry["trial"] == bound["trial"] == best
+    assert entry["study"] == bound["study"] == study.study_name
+
+
+def test_an_entry_says_where_on_what_and_how_it_was_measured(
+    database: BaseStorage, out: Path
+) -> None:
+    add_trial(started(database), 2.0, 0.01)
+    exported(database, out)
+    for file in entries(out):
+        (entry,) = file.values()
+        expected = {
+            "model": "hub/sd15",
+            "revision": None,
+            "dtype": "float32",
+            "device": "NVIDIA H200",
+            "resolution": [512, 512],
+            "batch_size": 1,
+            "guidance_scale": 7.5,
+            "prompts": "two",
+            "images": 2,
+            "seed": 0,
+            "methods": ["deepcache"],
+            "budgets": [{"metric": "clip_score", "max_loss": 0.02, "floor_db": None}],
+            "environment": ENVIRONMENT.to_dict(),
+            "implementation": {"deepcache": "DeepCache 0.1.1 DeepCacheSDHelper"},
+            "losses": {"clip_score": pytest.approx(0.01)},
+            "speedup_interval": [pytest.approx(2.0), pytest.approx(2.0)],
+            "baseline_latency_s": 2.0,
+            "latency_s": 1.0,
+            "peak_memory_bytes": 3_000_000_000,
+            "verified": False,  # the search's own prompts are no proof
+        }
+        assert {name: entry[name] for name in expected} == expected
+
+
+def test_too_few_pairs_for_an_interval_are_told_as_none(database: BaseStorage, out: Path) -> None:
+    study = started(database)
+    trial = study.ask()
+    few = replace(measured(), latency=Latency((2.0,), (1.0,)))
+    record(trial, Outcome.FEASIBLE, "told", measurement=few, violations={"clip_score": -0.5})
+    study.tell(trial, 2.0)
+    exported(database, out)
+    assert [entry["speedup_interval"] for file in entries(out) for entry in file.values()] == [
+        None,
+        None,
+    ]
+
+
+def test_a_reused_trial_is_not_the_one_exported(database: BaseStorage, out: Path) -> None:
+    study = started(database)
+    first = add_trial(study, 2.0, 0.01)
+    add_trial(study, 2.0, 0.01, reused_from=first)
+    assert exported(database, out).entries == 1
+    assert [entry["trial"] for file in entries(out) for entry in file.values()] == [first, first]
+
+
+def test_the_files_are_the_contract_to_its_own_reader(database: BaseStorage, out: Path) -> None:
+    for steps in (20, 50):
+        add_trial(started(database, steps=steps), 2.0, 0.01)
+    found = exported(database, out)
+    assert found.entries == 2
+    assert (found.bounds, found.params) == (out / BOUNDS, out / PARAMS)
+    assert len(contract.read(found.bounds)) == len(contract.read(found.params)) == 2
+
+
+# Nothing feasible
+
+
+def test_a_study_without_a_feasible_trial_is_named_and_has_no_entry(
+    database: BaseStorage, out: Path
+) -> None:
+    never = started(database, steps=20)
+    add_trial(never, 3.0, 0.02)
+    add_trial(never, 2.0, 0.5)
+    empty = started(database, steps=10)
+    add_trial(started(database), 2.0, 0.01)
+    found = exported(database, out)
+    assert found.nothing_feasible == (never.study_name, empty.study_name)
+    assert found.entries == 1
+    assert list(entries(out)[0]) == [BOUND]
+    assert len(entries(out)[1]) == 1
+
+
+def test_no_feasible_trial_at_all_leaves_files_without_entries(
+    database: BaseStorage, out: Path
+) -> None:
+    add_trial(started(database), 3.0, 0.5)
+    assert exported(database, out).entries == 0
+    assert entries(out) == ({}, {})
+
+
+def test_a_storage_without_studies_is_told_and_nothing_is_written(
+    database: BaseStorage, out: Path
+) -> None:
+    optuna.create_study(storage=database, study_name="theirs")
+    with pytest.raises(ExportError, match="found none") as error:
+        exported(database, out)
+    one_line(error)
+    assert not out.exists()
+
+
+def test_an_unknown_study_is_told_and_nothing_is_written(database: BaseStorage, out: Path) -> None:
+    add_trial(started(database))
+    with pytest.raises(StorageError, match="no study is named 'nope'"):
+        exported(database, out, "nope")
+    assert not out.exists()
+
+
+# Existing files
+
+
+def test_entries_under_other_keys_stay(database: BaseStorage, out: Path) -> None:
+    out.mkdir()
+    mine = {FOREIGN: {"max_speedup": 3.3, "note": "kept as it is"}}
+    (out / BOUNDS).write_text(json.dumps(mine))
+    add_trial(started(database), 2.0, 0.01)
+    exported(database, out)
+    assert list(entries(out)[0]) == [FOREIGN, BOUND]
+    assert entries(out)[0][FOREIGN] == mine[FOREIGN]
+
+
+def test_exporting_again_changes_nothing_and_a_better_bound_replaces_the_old(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    add_trial(study, 2.0, 0.01)
+    exported(database, out)
+    before = (out / BOUNDS).read_bytes(), (out / PARAMS).read_bytes()
+    exported(database, out)
+    assert ((out / BOUNDS).read_bytes(), (out / PARAMS).read_bytes()) == before
+    add_trial(study, 3.0, 0.015)
+    exported(database, out)
+    bounds, params = entries(out)
+    assert bounds[BOUND]["max_speedup"] == 3.3
+    # The slower one still answers requests up to its own speedup.
+    assert sorted(entry["speedup"] for entry in params.values()) == pytest.approx([2.0, 3.0])
+
+
+@pytest.mark.parametrize("broken", [BOUNDS, PARAMS])
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": ', "", "[1, 2]", '{"not a key": {}}', "\0binary\xff"],
+    ids=["cut off", "empty", "list", "key", "binary"],
+)
+def test_an_existing_file_that_is_not_ours_is_told_and_both_stay_as_they_were(
+    database: BaseStorage, out: Path, broken: str, text: str
+) -> None:
+    add_trial(started(database), 2.0, 0.01)
+    out.mkdir()
+    other = BOUNDS if broken == PARAMS else PARAMS
+    (out / broken).write_text(text, encoding="latin-1")
+    (out / other).write_text("{}\n")
+    with pytest.raises(ContractError, match=broken) as error:
+        exported(database, out)
+    one_line(error)
+    assert (out / broken).read_text(encoding="latin-1") == text
+    assert (out / other).read_text() == "{}\n"
+    assert sorted(file.name for file in out.iterdir()) == sorted([BOUNDS, PARAMS])
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failure_in_the_middle_leaves_the_old_files(
+    database: BaseStorage, out: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    study = started(database)
+    add_trial(study, 2.0, 0.01)
+    exported(database, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    add_trial(study, 3.0, 0.01)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    owner: object = os if step == "fsync" else Path
+    monkeypatch.setattr(owner, step, full)
+    with pytest.raises(ExportError, match="No space left on device") as error:
+        exported(database, out)
+    one_line(error)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(database: BaseStorage, out: Path) -> None:
+    add_trial(started(database), 2.0, 0.01)
+    out.write_text("mine")
+    with pytest.raises(ExportError, match="must be writable") as error:
+        exported(database, out)
+    one_line(error)
+    assert out.read_text() == "mine"
+
+
+# Studies that share a key
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        ({"environment": replace(ENVIRONMENT, device="NVIDIA A100")}, "environment.device"),
+        ({"environment": replace(ENVIRONMENT, versions={})}, "environment.versions"),
+        ({"model": "hub/other"}, "model"),
+        ({"guidance_scale": 3.0}, "guidance_scale"),
+        ({"height": 768, "width": 768}, "height, width"),
+        ({"prompts": ("another",)}, "images, prompts_sha256"),
+        (
+            {"budgets": (CLIP, Budget(metric="ssim", max_loss=0.2))},
+            "budgets",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_studies_of_one_key_are_refused_listed_and_can_be_chosen(
+    database: BaseStorage, out: Path, other: dict[str, Any], differs: str
+) -> None:
+    one, two = started(database), started(database, **other)
+    for study, speedup in ((one, 2.0), (two, 3.0)):
+        add_trial(study, speedup, 0.01, ssim=Scores("ssim", None, (0.95,)))
+    with pytest.raises(ExportError) as error:
+        exported(database, out)
+    told = one_line(error)
+    assert one.study_name in told
+    assert two.study_name in told
+    assert BOUND in told
+    assert f"differ in {differs}:" in told
+    assert "--study" in told
+    assert not out.exists()
+    exported(database, out, two.study_name)
+    assert entries(out)[0][BOUND]["study"] == two.study_name
+    exported(database, out, one.study_name)
+    assert entries(out)[0][BOUND]["study"] == one.study_name
+    assert entries(out)[0][BOUND]["max_speedup"] == 2.2
+
+
+def test_a_study_with_nothing_to_export_is_in_nobodys_way(database: BaseStorage, out: Path) -> None:
+    one, two = started(database), started(database, model="hub/other")
+    add_trial(one, 2.0, 0.01)
+    add_trial(two, 3.0, 0.5)
+    assert exported(database, out).nothing_feasible == (two.study_name,)
+    assert entries(out)[0][BOUND]["study"] == one.study_name
+
+
+def test_three_studies_of_one_key_are_all_listed(database: BaseStorage, out: Path) -> None:
+    changes: list[dict[str, Any]] = [{}, {"seed": 1}, {"dtype": "float16"}]
+    studies = [started(database, **changed) for changed in changes]
+    for study in studies:
+        add_trial(study)
+    with pytest.raises(ExportError, match=r"3 have .* differ in dtype, seed:") as error:
+        exported(database, out)
+    told = one_line(error)
+    assert all(study.study_name in told for study in studies)
+    with pytest.raises(ExportError, match="2 have"):
+        exported(database, out, studies[0].study_name, studies[2].study_name)
+
+
+def test_an_entry_of_another_study_is_replaced_only_when_chosen(
+    tmp_path: Path, database: BaseStorage, out: Path
+) -> None:
+    here = started(database)
+    add_trial(here, 2.0, 0.01)
+    exported(database, out)
+    before = (out / BOUNDS).read_bytes(), (out / PARAMS).read_bytes()
+
+    (tmp_path / "other").mkdir()
+    elsewhere = open_storage(new_database(tmp_path / "other"))
+    there = started(elsewhere, replace(ENVIRONMENT, device="NVIDIA A100"))
+    add_trial(there, 5.0, 0.01)
+    with pytest.raises(ExportError, match="--study") as error:
+        exported(elsewhere, out)
+    told = one_line(error)
+    assert here.study_name in told
+    assert there.study_name in told
+    assert str(out / BOUNDS) in told
+    assert ((out / BOUNDS).read_bytes(), (out / PARAMS).read_bytes()) == before
+
+    exported(elsewhere, out, there.study_name)
+    assert entries(out)[0][BOUND]["study"] == there.study_name
+
+
+def test_an_entry_that_names_no_study_gives_way(database: BaseStorage, out: Path) -> None:
+    out.mkdir()
+    (out / BOUNDS).write_text(json.dumps({BOUND: {"max_speedup": 1.0}}))  # of the old scripts
+    add_trial(started(database), 2.0, 0.01)
+    exported(database, out)
+    assert entries(out)[0][BOUND]["max_speedup"] == 2.2
+
+
+# Pictures
+
+
+def add_pictured_trial(study: optuna.Study, folder: Path, colour: str) -> None:
+    trial = study.ask()
+    keep_picture(folder, trial, Image.new("RGB", (4, 4), colour))
+    record(trial, Outcome.FEASIBLE, "told", measurement=measured(), violations={"clip_score": -0.5})
+    study.tell(trial, 2.0)
+
+
+def test_each_best_trial_leaves_its_picture_beside_the_files(
+    database: BaseStorage, out: Path, tmp_path: Path
+) -> None:
+    # They differ in what file names leave out: one must not overwrite the other.
+    sd = started(database)
+    sdxl = started(database, pipeline="StableDiffusionXLPipeline")
+    assert configured().slug in sd.study_name
+    assert configured().slug in sdxl.study_name
+    add_pictured_trial(sd, tmp_path / "artifacts", "red")
+    add_pictured_trial(sdxl, tmp_path / "artifacts", "blue")
+    add_trial(started(database, steps=20))  # measured elsewhere: no picture here
+    found = exported(database, out)
+    assert found.entries == 3
+    assert len(set(found.pictures)) == 2
+    colours = []
+    for file in found.pictures:
+        assert file.parent == out
+        with Image.open(file) as picture:
+            assert picture.format == "PNG"
+            colours.append(picture.convert("RGB").getpixel((0, 0)))
+    assert colours == [(255, 0, 0), (0, 0, 255)]
+    kept = {BOUNDS, PARAMS, *(file.name for file in found.pictures)}
+    assert {file.name for file in out.iterdir()} == kept
+
+
+def test_a_picture_that_cannot_be_written_is_told_and_leaves_the_old_one(
+    database: BaseStorage, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_pictured_trial(started(database), tmp_path / "artifacts", "red")
+    (picture,) = exported(database, out).pictures
+    before = picture.read_bytes()
+    names = {file.name for file in out.iterdir()}
+    written = Path.write_bytes
+
+    def full(file: Path, data: bytes) -> int:
+        written(file, data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ExportError, match="No space left on device"):
+        exported(database, out)
+    assert picture.read_bytes() == before
+    assert {file.name for file in out.iterdir()} == names

@@ -1,0 +1,225 @@
+"""Timing pairs of baseline and accelerated calls, on a clock that the tests turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from accelsearch.configuration import LatencySettings
+from accelsearch.errors import TrialError
+from accelsearch.latency import measure_latency
+from accelsearch.methods import applied
+from accelsearch.pipelines import run_of
+
+MakePipeline = Callable[..., Any]
+MakeConfiguration = Callable[..., Any]
+
+
+class FakePipeline:
+    """A pipeline whose calls turn the clock: by 4 s, or by 2 s while it is accelerated."""
+
+    device = torch.device("cpu")
+    components: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.now_s = 100.0
+        self.accelerated = False
+        self.calls: list[dict[str, Any]] = []
+        self.image_value = 0.5
+        self._noise = np.random.default_rng(3)
+        self._noise_scale = noise
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def __call__(self, **arguments: Any) -> Any:
+        self.calls.append(arguments | {"accelerated": self.accelerated, "gc": gc.isenabled()})
+        seconds = 2.0 if self.accelerated else 4.0
+        self.now_s += seconds * float(np.exp(self._noise_scale * self._noise.standard_normal()))
+        batch = len(arguments["prompt"])
+        return SimpleNamespace(images=torch.full((batch, 3, 8, 8), self.image_value))
+
+    @contextmanager
+    def accelerate(self) -> Iterator[None]:
+        self.now_s += 1000.0  # applying takes long
+        self.accelerated = True
+        try:
+            yield
+        finally:
+            self.accelerated = False
+            self.now_s += 1000.0
+
+
+def measure(pipeline: Any, configuration: Any, **settings: Any) -> Any:
+    configuration = configuration.model_copy(update={"latency": LatencySettings(**settings)})
+    return measure_latency(pipeline, configuration, pipeline.accelerate, clock=pipeline.clock)
+
+
+def test_a_speedup_without_noise_is_exact_after_the_fewest_pairs(
+    make_configuration: MakeConfiguration,
+) -> None:
+    timing = measure(FakePipeline(), make_configuration(), min_pairs=6, max_pairs=40)
+    assert timing.latency.baseline_s == (4.0,) * 6
+    assert timing.latency.accelerated_s == (2.0,) * 6
+    assert timing.latency.speedup == pytest.approx(2.0)
+    timing = measure(FakePipeline(), make_configuration(), min_pairs=9, max_pairs=40)
+    assert timing.latency.baseline_s == (4.0,) * 9
+
+
+def test_timing_goes_on_until_the_interval_is_narrow_enough(
+    make_configuration: MakeConfiguration,
+) -> None:
+    def pairs(precision: float) -> int:
+        timing = measure(
+            FakePipeline(noise=0.1),
+            make_configuration(),
+            min_pairs=6,
+            max_pairs=60,
+            precision=precision,
+        )
+        latency = timing.latency
+        low, high = latency.interval()
+        enough = (high - low) / 2 <= precision * latency.speedup
+        assert enough or len(latency.baseline_s) == 60
+        return len(latency.baseline_s)
+
+    assert 6 <= pairs(0.2) < pairs(0.06) < pairs(0.001) == 60
+
+
+def test_too_few_pairs_for_an_interval_go_on_to_the_most_allowed(
+    make_configuration: MakeConfiguration,
+) -> None:
+    timing = measure(FakePipeline(), make_configuration(), min_pairs=1, max_pairs=4)
+    assert len(timing.latency.baseline_s) == 4
+    timing = measure(FakePipeline(), make_configuration(), min_pairs=1, max_pairs=40)
+    assert len(timing.latency.baseline_s) == 6
+
+
+def test_pairs_are_neighbours_in_an_order_drawn_from_the_seed(
+    make_configuration: MakeConfiguration,
+) -> None:
+    def order(seed: int) -> list[bool]:
+        pipeline = FakePipeline(noise=0.1)
+        configuration = make_configuration(seed=seed)
+        measure(pipeline, configuration, min_pairs=30, max_pairs=30, warmup=0)
+        return [call["accelerated"] for call in pipeline.calls]
+
+    first = order(0)
+    pairs = list(zip(first[::2], first[1::2], strict=True))
+    assert set(pairs) == {(False, True), (True, False)}
+    assert 8 <= pairs.count((True, False)) <= 22
+    assert order(0) == first
+    assert order(1) != first
+
+
+def test_both_kinds_are_warmed_up_in_full_before_the_first_pair(
+    make_configuration: MakeConfiguration,
+) -> None:
+    pipeline = FakePipeline()
+    measure(pipeline, make_configuration(), min_pairs=6, warmup=2)
+    assert [call["accelerated"] for call in pipeline.calls[:4]] == [False, False, True, True]
+    assert len(pipeline.calls) == 4 + 2 * 6
+    assert {call["num_inference_steps"] for call in pipeline.calls} == {4}
+
+
+def test_a_batch_larger_than_the_prompts_repeats_them_with_seeds_of_their_own(
+    make_configuration: MakeConfiguration,
+) -> None:
+    pipeline = FakePipeline()
+    measure(pipeline, make_configuration(batch_size=4, prompts=("a", "b", "c"), seed=7))
+    for call in pipeline.calls:
+        assert call["prompt"] == ["a", "b", "c", "a"]
+        assert [one.initial_seed() for one in call["generator"]] == [7, 8, 9, 10]
+
+
+def test_the_garbage_collector_rests_in_timed_calls_alone(
+    make_configuration: MakeConfiguration,
+) -> None:
+    assert gc.isenabled()
+    pipeline = FakePipeline()
+    measure(pipeline, make_configuration(), warmup=1)
+    assert [call["gc"] for call in pipeline.calls] == [True] * 2 + [False] * 12
+    assert gc.isenabled()
+
+
+def test_a_call_that_fails_leaves_nothing_behind(make_configuration: MakeConfiguration) -> None:
+    class Failing(FakePipeline):
+        def __call__(self, **arguments: Any) -> Any:
+            if self.accelerated:
+                raise KeyError
+            return super().__call__(**arguments)
+
+    pipeline = Failing()
+    with pytest.raises(KeyError):
+        measure(pipeline, make_configuration(), warmup=0)
+    assert not pipeline.accelerated
+    assert gc.isenabled()
+
+
+def test_images_with_nan_end_the_trial_in_the_warm_up(
+    make_configuration: MakeConfiguration,
+) -> None:
+    pipeline = FakePipeline()
+    pipeline.image_value = float("nan")
+    with pytest.raises(TrialError, match="images contain NaN"):
+        measure(pipeline, make_configuration())
+    assert len(pipeline.calls) == 1
+
+
+def test_a_real_pipeline_is_timed_and_left_as_it_was(
+    make_pipeline: MakePipeline, make_configuration: MakeConfiguration
+) -> None:
+    pipeline = make_pipeline()
+    configuration = make_configuration(latency=LatencySettings(min_pairs=2, max_pairs=2, warmup=1))
+    applications = 0
+
+    @contextmanager
+    def accelerate() -> Iterator[None]:
+        nonlocal applications
+        applications += 1
+        with applied(pipeline, {}, ["deepcache"], run_of(configuration)):
+            yield
+
+    timing = measure_latency(pipeline, configuration, accelerate)
+    assert len(timing.latency.baseline_s) == len(timing.latency.accelerated_s) == 2
+    assert applications == 3
+    assert (timing.peak_memory_bytes, timing.baseline_peak_memory_bytes) == (None, None)
+    assert "forward" not in vars(pipeline.unet)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_peak_memory_counts_the_pipeline_and_not_what_else_is_on_the_gpu(
+    make_pipeline: MakePipeline, make_configuration: MakeConfiguration
+) -> None:
+    configuration = make_configuration(
+        device="cuda", latency=LatencySettings(min_pairs=1, max_pairs=1)
+    )
+    pipeline = make_pipeline().to("cuda")
+    weights_bytes = sum(
+        parameter.nbytes
+        for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+        for parameter in model.parameters()
+    )
+
+    def peaks() -> tuple[Any, Any]:
+        def accelerate() -> Any:
+            return applied(pipeline, {"cache_interval": 4}, ["deepcache"], run_of(configuration))
+
+        timing = measure_latency(pipeline, configuration, accelerate)
+        return timing.peak_memory_bytes, timing.baseline_peak_memory_bytes
+
+    peaks()  # allocates the workspaces of cuBLAS and cuDNN for good
+    accelerated, baseline = peaks()
+    assert accelerated > weights_bytes
+    assert baseline > weights_bytes
+    other = torch.zeros(256 * 2**20, dtype=torch.uint8, device="cuda")
+    assert peaks() == pytest.approx((accelerated, baseline), rel=0.01)
+    del other

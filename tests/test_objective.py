@@ -1,0 +1,544 @@
+"""One trial on the tiny pipeline with the real DeepCache: what it measures, and how it can end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accelsearch import objective, pipelines
+from accelsearch.configuration import Budget, LatencySettings, Range
+from accelsearch.contract import within
+from accelsearch.errors import (
+    BaselineError,
+    ModelError,
+    PlanError,
+    TrialError,
+    UnsupportedError,
+)
+from accelsearch.methods import METHODS, Parameter, applied
+from accelsearch.objective import Bench, check_models, environment_of
+from accelsearch.quality import METRICS, ClipScore
+from accelsearch.storage import Outcome
+
+MakeConfiguration = Callable[..., Any]
+
+ONE_PAIR = LatencySettings(min_pairs=1, max_pairs=1, warmup=0)
+ROUGH = {"cache_interval": 3, "cache_branch_id": 0}  # PSNR about 40 dB on the tiny pipeline
+FINE = {"cache_interval": 3, "cache_branch_id": 5}  # about 55 dB
+CLIP, SSIM = Budget(metric="clip_score", max_loss=0.02), Budget(metric="ssim", max_loss=0.02)
+PSNR = Budget(metric="psnr", floor_db=48.0)
+
+
+@pytest.fixture(scope="module")
+def make_bench(make_configuration: MakeConfiguration) -> Callable[..., Bench]:
+    def make(say: Callable[[str], None] = lambda text: None, **fields: Any) -> Bench:
+        return Bench(make_configuration(**({"latency": ONE_PAIR} | fields)), say)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def bench(make_bench: Callable[..., Bench]) -> Bench:
+    """One bench for the tests that leave it as it was; its budgets are clip_score and psnr."""
+    return make_bench(budgets=(CLIP, PSNR))
+
+
+@contextmanager
+def nan_images(pipeline: Any) -> Iterator[None]:
+    bias = pipeline.unet.conv_out.bias
+    before = bias.detach().clone()
+    bias.fill_(float("nan"))
+    try:
+        yield
+    finally:
+        bias.copy_(before)
+
+
+@contextmanager
+def black_images(pipeline: Any) -> Iterator[None]:
+    layer = pipeline.vae.decoder.conv_out
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    layer.weight.zero_()
+    layer.bias.fill_(-9.0)
+    try:
+        yield
+    finally:
+        for parameter, value in zip(layer.parameters(), before, strict=True):
+            parameter.copy_(value)
+
+
+def spoil(
+    monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], AbstractContextManager[None]]
+) -> None:
+    """Let every accelerated call, and no other, run with this fault."""
+
+    @contextmanager
+    def spoilt(pipeline: Any, *arguments: Any) -> Iterator[None]:
+        with applied(pipeline, *arguments), fault(pipeline):
+            yield
+
+    monkeypatch.setattr(objective, "applied", spoilt)
+
+
+def raising(error: BaseException) -> Callable[[Any], AbstractContextManager[None]]:
+    """A fault: the UNet raises `error`."""
+
+    @contextmanager
+    def fault(pipeline: Any) -> Iterator[None]:
+        def forward(*_: Any, **__: Any) -> None:
+            raise error
+
+        own = pipeline.unet.__dict__["forward"]
+        pipeline.unet.forward = forward
+        try:
+            yield
+        finally:
+            pipeline.unet.forward = own
+
+    return fault
+
+
+def accelerated(result: Any) -> dict[str, tuple[float, ...]]:
+    return {one.metric: one.accelerated for one in result.measurement.scores}
+
+
+def test_a_setting_within_every_budget_is_feasible(bench: Bench) -> None:
+    result = bench.measure(FINE)
+    assert result.outcome is Outcome.FEASIBLE
+    assert set(result.losses) == {"clip_score", "psnr"}
+    assert all(
+        within(result.losses[one.metric], one.max_loss) for one in bench.configuration.budgets
+    )
+    assert all(value <= 0 for value in result.violations.values())
+    measurement = result.measurement
+    assert measurement.params == FINE
+    assert measurement.implementation == {
+        "deepcache": f"DeepCache {version('DeepCache')} DeepCacheSDHelper"
+    }
+    assert len(measurement.latency.baseline_s) == 1
+    assert measurement.peak_memory_bytes is None  # the CPU does not tell
+    assert result.images is not None
+    assert result.images.shape == (3, 3, 32, 32)
+    assert result.images.dtype == torch.uint8
+    assert result.seconds.keys() == {"baseline", "latency", "images", "scores"}
+    assert all(seconds >= 0 for seconds in result.seconds.values())
+
+
+def test_a_setting_over_its_budget_says_by_how_much(bench: Bench) -> None:
+    result = bench.measure(ROUGH)
+    mean = sum(accelerated(result)["psnr"]) / 3
+    assert mean < 48
+    assert result.outcome is Outcome.OVER_BUDGET
+    assert result.losses["psnr"] == pytest.approx(48 - mean)
+    assert result.violations["psnr"] == pytest.approx((48 - mean) / 48)
+    assert f"psnr {mean:.1f} dB, floor 48 dB" in result.reason
+
+
+def test_all_of_several_budgets_must_hold(bench: Bench, make_bench: Callable[..., Bench]) -> None:
+    # The same images: within the one budget, over the other.
+    alone = make_bench(budgets=(CLIP,)).measure(ROUGH)
+    both = bench.measure(ROUGH)
+    assert alone.outcome is Outcome.FEASIBLE
+    assert both.outcome is Outcome.OVER_BUDGET
+    assert both.losses["clip_score"] == pytest.approx(alone.losses["clip_score"])
+    assert both.violations["clip_score"] <= 0 < both.violations["psnr"]
+    assert "clip_score loss" in both.reason
+
+
+@pytest.mark.parametrize("budgets", [(CLIP,), (SSIM,), (PSNR,), (SSIM, CLIP)])
+def test_psnr_and_ssim_are_recorded_whatever_the_budgets(
+    make_bench: Callable[..., Bench], budgets: tuple[Budget, ...]
+) -> None:
+    result = make_bench(budgets=budgets).measure(ROUGH)
+    names = [one.metric for one in result.measurement.scores]
+    assert sorted(names) == sorted({"psnr", "ssim"} | {one.metric for one in budgets})
+    assert all(len(scores) == 3 for scores in accelerated(result).values())
+    assert list(result.losses) == [one.metric for one in budgets]
+
+
+def test_without_a_clip_budget_no_scoring_model_is_wanted(
+    make_bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    bench = make_bench(said.append, budgets=(SSIM,), scoring_model=str(tmp_path / "none"))
+    assert bench.measure(ROUGH).outcome is Outcome.FEASIBLE
+
+
+def test_a_dominated_setting_is_timed_and_never_scored(make_bench: Callable[..., Bench]) -> None:
+    said: list[str] = []
+    result = make_bench(said.append).measure(ROUGH, incumbent=1000.0)
+    assert result.outcome is Outcome.DOMINATED
+    assert result.reason == "a feasible trial has 1000.00x"
+    assert result.measurement.scores == ()
+    assert result.losses == result.violations == {}
+    assert result.images is None
+    assert result.measurement.latency.speedup > 0
+    assert said == ["loading the pipeline", "baseline 1/3", "timing"]
+
+
+def test_a_setting_that_beats_the_incumbent_is_scored(bench: Bench) -> None:
+    assert bench.measure(FINE, incumbent=0.001).outcome is Outcome.FEASIBLE
+
+
+def test_latency_alone_is_measured_without_scores(make_bench: Callable[..., Bench]) -> None:
+    said: list[str] = []
+    result = make_bench(said.append).measure(ROUGH, score=False)
+    assert result.outcome is Outcome.UNSCORED
+    assert result.measurement.scores == ()
+    assert result.losses == result.violations == {}
+    assert "loading the scorers" not in said
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(nan_images, "images contain NaN"), (black_images, "images are black")]
+)
+def test_unusable_images_fail_the_trial_and_leave_no_trace(
+    make_bench: Callable[..., Bench],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[Any], AbstractContextManager[None]],
+    reason: str,
+    warmup: int,
+) -> None:
+    # Without a warm-up no image of the timing is looked at: scoring must find the fault.
+    bench = make_bench(latency=LatencySettings(min_pairs=1, max_pairs=1, warmup=warmup))
+    before = bench.measure(FINE)
+    with monkeypatch.context() as patch:
+        spoil(patch, fault)
+        with pytest.raises(TrialError) as raised:
+            bench.measure(FINE)
+    assert raised.value.reason == reason
+    assert not isinstance(raised.value, BaselineError)
+    assert accelerated(bench.measure(FINE)) == accelerated(before)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(nan_images, "images contain NaN"), (black_images, "images are black")]
+)
+def test_a_baseline_without_usable_images_is_an_error_of_its_own(
+    make_bench: Callable[..., Bench],
+    fault: Callable[[Any], AbstractContextManager[None]],
+    reason: str,
+) -> None:
+    bench = make_bench()
+    with fault(bench.pipeline), pytest.raises(BaselineError) as raised:
+        bench.measure(FINE)
+    assert raised.value.reason == f"the baseline cannot be measured: {reason}"
+    assert raised.value.exit_code == 1
+
+
+def test_a_baseline_that_fails_at_a_later_prompt_is_an_error_too(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench()
+    plain = pipelines.generate
+
+    def generate(pipeline: Any, configuration: Any, prompts: Sequence[str], seeds: Any) -> Any:
+        if "two green stars" in prompts:
+            raise TrialError("images are black")
+        return plain(pipeline, configuration, prompts, seeds)
+
+    monkeypatch.setattr(pipelines, "generate", generate)
+    with pytest.raises(BaselineError, match="baseline cannot be measured: images are black"):
+        bench.measure(FINE)
+
+
+def test_a_full_gpu_fails_the_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, raising(torch.OutOfMemoryError("CUDA out of memory. Tried to ...\nadvice")))
+    with pytest.raises(TrialError) as raised:
+        bench.measure(FINE)
+    assert raised.value.reason == "out of GPU memory"
+
+
+@pytest.mark.parametrize("where", ["load", "score"])
+def test_a_gpu_that_the_scorer_fills_fails_the_trial(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Hungry(ClipScore):
+        score = full
+
+    metrics = METRICS | {"clip_score": Hungry()}
+    monkeypatch.setattr(
+        objective, "load_metrics", full if where == "load" else lambda *_: dict(metrics)
+    )
+    with pytest.raises(TrialError, match=r"^out of GPU memory$"):
+        make_bench().measure(FINE)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("sizes must match\nat line 3"), "RuntimeError: sizes must match"),
+        (KeyError("mid"), "KeyError: 'mid'"),
+        (TypeError("unexpected 'x'"), "TypeError: unexpected 'x'"),
+    ],
+)
+def test_what_a_patched_pipeline_throws_is_the_reason_of_a_failed_trial(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    spoil(monkeypatch, raising(error))
+    with pytest.raises(TrialError) as raised:
+        bench.measure(FINE)
+    assert raised.value.reason == reason
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), AssertionError("ours"), MemoryError()])
+def test_other_errors_are_no_facts_about_a_setting(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    spoil(monkeypatch, raising(error))
+    with pytest.raises(type(error)):
+        bench.measure(FINE)
+
+
+@pytest.mark.parametrize(
+    "params", [{"cache_interval": 9, "cache_branch_id": 0}, {"cache_interval": 2, "ratio": 0.5}]
+)
+def test_a_setting_that_means_nothing_here_is_bad_input_and_no_failed_trial(
+    bench: Bench, params: dict[str, Any]
+) -> None:
+    with pytest.raises((UnsupportedError, PlanError)) as raised:
+        bench.measure(params)
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("broken")])
+def test_the_pipeline_is_as_before_after_a_trial(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, fault: Exception | None
+) -> None:
+    bench = make_bench()
+
+    def images() -> torch.Tensor:
+        return pipelines.call(bench.pipeline, bench.configuration, ["a red circle"], [0])
+
+    before = images()
+    if fault:
+        spoil(monkeypatch, raising(fault))
+    with pytest.raises(TrialError) if fault else nullcontext():
+        bench.measure(ROUGH)
+    assert torch.equal(images(), before)
+
+
+def test_without_methods_the_trial_compares_the_pipeline_with_itself(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench(methods=(), budgets=(CLIP, PSNR, SSIM))
+    assert bench.space == ()
+    assert bench.defaults() == {}
+    result = bench.measure({})
+    assert result.outcome is Outcome.FEASIBLE
+    assert result.losses["clip_score"] == 0
+    assert accelerated(result)["psnr"] == (100.0,) * 3
+    assert accelerated(result)["ssim"] == pytest.approx((1.0,) * 3)
+    assert result.measurement.implementation == {}
+
+
+def test_the_baseline_is_made_once_and_progress_is_told_in_images(
+    make_bench: Callable[..., Bench],
+) -> None:
+    said: list[str] = []
+    bench = make_bench(said.append, batch_size=2)
+    first = bench.measure(ROUGH)
+    assert said == [
+        "loading the pipeline",
+        "baseline 2/3",
+        "timing",
+        "loading the scorers",
+        "scoring 0/3",
+        "baseline 3/3",
+        "scoring 2/3",
+    ]
+    said.clear()
+    assert accelerated(bench.measure(ROUGH)) == accelerated(first)
+    assert said == ["timing", "scoring 0/3", "scoring 2/3"]
+
+
+def test_images_are_compared_prompt_by_prompt_with_the_same_seed(bench: Bench) -> None:
+    configuration = bench.configuration
+    result = bench.measure(ROUGH)
+    for row, prompt in enumerate(configuration.prompts):
+        seed = configuration.seed + row
+        plain = pipelines.generate(bench.pipeline, configuration, [prompt], [seed])
+        baseline, prompts = bench.baseline_images(row + 1)
+        assert prompts[row] == prompt
+        assert torch.equal(baseline[row], plain[0])
+        assert result.images is not None
+        psnr = METRICS["psnr"].score(result.images[row : row + 1], [prompt], plain)
+        assert accelerated(result)["psnr"][row] == pytest.approx(psnr[0])
+
+
+def test_the_batch_size_does_not_change_the_images(
+    bench: Bench, make_bench: Callable[..., Bench]
+) -> None:
+    alone = bench.measure(ROUGH).images
+    batched = make_bench(batch_size=3).measure(ROUGH).images
+    assert alone is not None
+    assert batched is not None
+    # Other kernels round otherwise: a grey level.
+    assert (alone.int() - batched.int()).abs().max() <= 1
+
+
+class Liking(ClipScore):
+    """A scorer that likes the prompts that it is given points for."""
+
+    def __init__(self, points: Mapping[str, float]) -> None:
+        super().__init__()
+        object.__setattr__(self, "points", points)
+
+    def score(self, images: Any, prompts: Sequence[str], baseline_images: Any) -> list[float]:
+        return [self.points.get(prompt, 0.0) for prompt in prompts]  # type: ignore[attr-defined]
+
+
+def test_a_first_prompt_of_score_zero_does_not_fail_the_trial(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = METRICS | {"clip_score": Liking({"a blue square": 30.0})}
+    monkeypatch.setattr(objective, "load_metrics", lambda *_: metrics)
+    assert make_bench().measure(ROUGH).losses == {"clip_score": 0.0}
+
+
+def test_a_baseline_whose_scores_are_all_zero_fails_the_trial(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "load_metrics", lambda *_: METRICS | {"clip_score": Liking({})})
+    with pytest.raises(TrialError, match="mean clip_score must be > 0"):
+        make_bench().measure(ROUGH)
+
+
+# The space
+
+
+def by_name(bench: Bench) -> dict[str, Parameter]:
+    return {parameter.name: parameter for parameter in bench.space}
+
+
+def test_the_space_is_what_makes_a_difference_on_this_pipeline(bench: Bench) -> None:
+    space = by_name(bench)
+    assert space["cache_interval"].values() == (2, 3, 4)  # four steps
+    assert space["cache_branch_id"].values() == tuple(range(12))
+    assert bench.defaults() == {"cache_interval": 3, "cache_branch_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("values", "left", "default"),
+    [
+        (Range(3, 10), (3, 4), 3),
+        (Range(1, 2), (2,), 2),
+        (Range(1, 10), (2, 3, 4), 3),
+        ((4, 2), (4, 2), 4),
+        ((9, 3), (3,), 3),
+        ((2,), (2,), 2),
+    ],
+)
+def test_a_plan_narrows_the_space(
+    make_bench: Callable[..., Bench], values: Any, left: tuple[int, ...], default: int
+) -> None:
+    bench = make_bench(space={"cache_interval": values})
+    assert by_name(bench)["cache_interval"].values() == left
+    assert all(type(value) is int for value in by_name(bench)["cache_interval"].values() or ())
+    assert bench.defaults() == {"cache_interval": default, "cache_branch_id": 0}
+    assert len(by_name(bench)["cache_branch_id"].values() or ()) == 12
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_range_narrows_a_parameter_that_is_a_choice(make_bench: Callable[..., Bench]) -> None:
+    # Heun repeats its timesteps, which makes some intervals equal.
+    heun = {"scheduler": "HeunDiscreteScheduler", "steps": 5}
+    every = by_name(make_bench(**heun))["cache_interval"]
+    assert every.kind == "choice"
+    left = tuple(one for one in every.choices if one >= 3)  # type: ignore[operator]
+    assert 0 < len(left) < len(every.choices)
+    narrowed = make_bench(**heun, space={"cache_interval": Range(3, 10)})
+    assert by_name(narrowed)["cache_interval"].values() == left
+
+
+@pytest.mark.parametrize(("values", "got"), [(Range(5, 9), r"5\.\.9"), ((8, 9), "8, 9")])
+def test_a_space_with_nothing_left_is_refused(
+    make_bench: Callable[..., Bench], values: Any, got: str
+) -> None:
+    bench = make_bench(space={"cache_interval": values})
+    with pytest.raises(PlanError, match=rf"space\.cache_interval must leave .*2\.\.4.* got {got}$"):
+        _ = bench.space
+
+
+@pytest.mark.parametrize(
+    ("parameter", "values", "left"),
+    [
+        ({"kind": "int", "low": 0, "high": 20, "step": 5, "default": 10}, Range(3, 12), (5, 10)),
+        ({"kind": "float", "low": 0.0, "high": 1.0, "default": 0.5}, Range(0.2, 3), (0.2, 1.0)),
+        (
+            {"kind": "float", "low": 0.0, "high": 1.0, "step": 0.25, "default": 0.5},
+            Range(0.3, 0.8),
+            (0.5, 0.75),
+        ),
+    ],
+)
+def test_a_range_leaves_values_that_the_parameter_has(
+    make_bench: Callable[..., Bench],
+    monkeypatch: pytest.MonkeyPatch,
+    parameter: dict[str, Any],
+    values: Range,
+    left: tuple[float, ...],
+) -> None:
+    own = Parameter(name="strength", meaning="", source="", **parameter)
+    monkeypatch.setattr(METHODS["deepcache"], "space", lambda *_: (own,), raising=False)
+    narrowed = by_name(make_bench(space={"strength": values}))["strength"]
+    assert (narrowed.values() or narrowed.ends) == left
+    assert all(own.accepts(value) for value in left)
+    assert type(narrowed.default) is type(own.default)
+
+
+# Before anything is loaded
+
+
+def test_the_environment_names_the_libraries_of_the_methods(
+    make_configuration: MakeConfiguration,
+) -> None:
+    environment = environment_of(make_configuration())
+    assert environment.device_type == "cpu"
+    assert environment.versions["DeepCache"] == version("DeepCache")
+    assert "DeepCache" not in environment_of(make_configuration(methods=())).versions
+
+
+def test_a_method_that_cannot_serve_the_pipeline_stops_the_bench(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*_: Any) -> None:
+        raise UnsupportedError("deepcache needs a UNet")
+
+    monkeypatch.setattr(METHODS["deepcache"], "check", check, raising=False)
+    with pytest.raises(UnsupportedError, match="needs a UNet"):
+        make_bench()
+
+
+@pytest.mark.parametrize(
+    ("field", "model", "told"),
+    [
+        ("model", "missing", "no folder"),
+        ("model", "empty", r"a pipeline's folder with a model_index\.json"),
+        ("model", "file", "got the file"),
+        ("scoring_model", "missing", "no folder"),
+        ("scoring_model", "file", "got the file"),
+    ],
+)
+def test_a_model_that_is_none_is_found_before_anything_is_loaded(
+    make_configuration: MakeConfiguration, tmp_path: Path, field: str, model: str, told: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    configuration = make_configuration(**{field: str(tmp_path / model)})
+    with pytest.raises(ModelError, match=told):
+        check_models(configuration)
+    said: list[str] = []
+    with pytest.raises(ModelError, match=told):
+        Bench(configuration, said.append)
+    assert said == []

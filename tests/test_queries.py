@@ -1,0 +1,201 @@
+"""Questions to stored trials, against the plainest way to answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stored import ENVIRONMENT, configured, measured
+
+from accelsearch.configuration import Budget
+from accelsearch.measurement import Scores
+from accelsearch.queries import (
+    fastest_feasible,
+    feasible_trials,
+    outcomes,
+    pareto_front,
+    targeted,
+)
+from accelsearch.storage import Outcome, StoredStudy, StoredTrial
+
+CLIP = Budget(metric="clip_score", max_loss=0.02)
+# Few values, so that ties are common; 0.02 is the budget itself.
+SPEEDUPS = (0.8, 1.0, 2.0, 2.5, 4.0)
+LOSSES = (-0.01, 0.0, 0.01, 0.015, 0.02, 0.05)
+
+
+def trial(
+    number: int,
+    speedup: float,
+    loss: float | None,
+    outcome: Outcome | None = None,
+    reused_from: int | None = None,
+) -> StoredTrial:
+    if outcome is None:
+        kept = loss is not None and (loss <= 0 or loss < 0.02)
+        outcome = Outcome.FEASIBLE if kept else Outcome.OVER_BUDGET
+    measurement = measured(speedup, loss, {"cache_interval": number})
+    return StoredTrial(number, outcome, "told", measurement.params, measurement, reused_from)
+
+
+def study_of(trials: Iterable[StoredTrial], budgets: tuple[Budget, ...] = (CLIP,)) -> StoredStudy:
+    return StoredStudy("a study", configured(budgets=budgets), ENVIRONMENT, tuple(trials))
+
+
+@st.composite
+def studies(draw: st.DrawFn) -> StoredStudy:
+    trials: list[StoredTrial] = []
+    for number in range(draw(st.integers(0, 8))):
+        kind = draw(st.sampled_from(["measured", "measured", "unscored", "failed", "reused"]))
+        speedup, loss = draw(st.sampled_from(SPEEDUPS)), draw(st.sampled_from(LOSSES))
+        if kind == "failed":
+            trials.append(StoredTrial(number, Outcome.FAILED, "out of GPU memory", {}))
+        elif kind == "unscored":
+            trials.append(trial(number, speedup, None, Outcome.DOMINATED))
+        elif kind == "reused" and trials and trials[0].measurement is not None:
+            first = trials[0]
+            trials.append(
+                StoredTrial(
+                    number, first.outcome, "told", first.params, first.measurement, first.number
+                )
+            )
+        else:
+            trials.append(trial(number, speedup, loss))
+    return study_of(trials)
+
+
+def rows(study: StoredStudy) -> list[tuple[float, float, StoredTrial]]:
+    """Speedup and loss of every scored trial that was measured itself."""
+    found = []
+    for one in study.trials:
+        loss = one.loss(CLIP)
+        if one.reused_from is None and one.speedup is not None and loss is not None:
+            found.append((one.speedup, loss, one))
+    return found
+
+
+def kept(study: StoredStudy) -> list[tuple[float, float, StoredTrial]]:
+    return [row for row in rows(study) if row[1] <= 0 or row[1] < 0.02]
+
+
+@given(studies())
+def test_feasible_trials_are_those_within_the_budget_each_once(study: StoredStudy) -> None:
+    assert feasible_trials(study) == [one for _, _, one in kept(study)]
+
+
+@given(studies())
+def test_no_feasible_trial_is_faster_than_the_upper_bound(study: StoredStudy) -> None:
+    best = fastest_feasible(study)
+    if best is None:
+        assert kept(study) == []
+    else:
+        assert best in [one for _, _, one in kept(study)]
+        assert best.speedup == max(speedup for speedup, _, _ in kept(study))
+
+
+@given(studies(), st.sampled_from([*SPEEDUPS, 0.5, 1.7, 9.0]))
+def test_the_answer_to_a_request_has_the_smallest_loss_and_of_those_the_best_speedup(
+    study: StoredStudy, requested: float
+) -> None:
+    answers = [(loss, -speedup) for speedup, loss, _ in kept(study) if speedup >= requested]
+    found = targeted(study, requested)
+    if found is None:
+        assert answers == []
+    else:
+        assert found.speedup is not None
+        assert found in feasible_trials(study)
+        assert (found.loss(CLIP), -found.speedup) == min(answers)
+
+
+@given(studies(), st.sampled_from([*SPEEDUPS, 0.5, 1.7, 9.0]))
+def test_the_closest_answer_is_the_slowest_that_is_fast_enough(
+    study: StoredStudy, requested: float
+) -> None:
+    speedups = [speedup for speedup, _, _ in kept(study) if speedup >= requested]
+    found = targeted(study, requested, closest=True)
+    assert (found and found.speedup) == min(speedups, default=None)
+
+
+@given(studies())
+def test_the_pareto_front_is_what_no_other_trial_dominates(study: StoredStudy) -> None:
+    points = {(speedup, loss) for speedup, loss, _ in rows(study)}
+    expected = sorted(
+        (speedup, loss)
+        for speedup, loss in points
+        if not any(
+            faster >= speedup and less <= loss and (faster, less) != (speedup, loss)
+            for faster, less in points
+        )
+    )
+    front = pareto_front(study)
+    assert [(one.speedup, one.loss(CLIP)) for one in front] == expected
+    assert all(one.reused_from is None for one in front)
+
+
+def test_the_fastest_trial_of_all_is_no_bound_where_it_is_over_budget() -> None:
+    study = study_of([trial(0, 2.0, 0.01), trial(1, 9.0, 0.03), trial(2, 3.0, 0.015)])
+    best = fastest_feasible(study)
+    assert best is not None
+    assert best.number == 2
+
+
+def test_a_loss_of_exactly_the_budget_answers_nothing() -> None:
+    study = study_of([trial(0, 2.0, 0.02, Outcome.FEASIBLE)])
+    assert study.trials[0].loss(CLIP) == 0.02
+    assert fastest_feasible(study) is None
+    assert targeted(study, 1.0) is None
+    assert targeted(study, 1.0, closest=True) is None
+
+
+def test_a_loss_of_zero_answers_a_budget_of_none() -> None:
+    none = (Budget(metric="clip_score", max_loss=0.0),)
+    assert fastest_feasible(study_of([trial(0, 2.0, 0.0)], none)) is not None
+    assert targeted(study_of([trial(0, 2.0, -0.01)], none), 2.0 - 1e-9) is not None
+    assert targeted(study_of([trial(0, 2.0, 1e-6, Outcome.FEASIBLE)], none), 1.0) is None
+
+
+@pytest.mark.parametrize(
+    "outcome", [outcome for outcome in Outcome if outcome is not Outcome.FEASIBLE]
+)
+def test_only_trials_that_ended_feasible_are_answers(outcome: Outcome) -> None:
+    study = study_of([trial(0, 5.0, 0.0, outcome), trial(1, 1.5, 0.01)])
+    best = fastest_feasible(study)
+    assert best is not None
+    assert best.number == 1
+    assert targeted(study, 2.0) is None
+
+
+def test_all_budgets_must_be_kept_not_the_first_alone() -> None:
+    budgets = (CLIP, Budget(metric="ssim", max_loss=0.1), Budget(metric="psnr", floor_db=25.0))
+
+    def scored(number: int, ssim: float, psnr: float | None) -> StoredTrial:
+        beside = {"ssim": Scores("ssim", None, (ssim,))}
+        if psnr is not None:
+            beside["psnr"] = Scores("psnr", None, (psnr,))
+        measurement = measured(2.0 + number, 0.01, None, **beside)
+        return StoredTrial(number, Outcome.FEASIBLE, "told", measurement.params, measurement)
+
+    trials = [scored(0, 0.95, 30.0), scored(1, 0.85, 30.0), scored(2, 0.95, 20.0)]
+    trials.append(scored(3, 0.95, None))  # a budget that was never scored is not kept
+    assert [one.number for one in feasible_trials(study_of(trials, budgets))] == [0]
+    assert [one.number for one in feasible_trials(study_of(trials))] == [0, 1, 2, 3]
+
+
+def test_a_reused_trial_is_counted_once() -> None:
+    first = trial(0, 2.0, 0.01)
+    again = StoredTrial(1, first.outcome, "told", first.params, first.measurement, 0)
+    study = study_of([first, again, trial(2, 3.0, 0.05)])
+    assert feasible_trials(study) == [first]
+    assert fastest_feasible(study) is first
+    assert outcomes(study) == {Outcome.FEASIBLE: 1, Outcome.OVER_BUDGET: 1}
+    assert [one.number for one in pareto_front(study)] == [0, 2]
+
+
+def test_a_study_without_trials_answers_nothing() -> None:
+    study = study_of([])
+    assert fastest_feasible(study) is None
+    assert targeted(study, 1.0) is None
+    assert pareto_front(study) == feasible_trials(study) == []
+    assert outcomes(study) == {}

@@ -1,0 +1,715 @@
+"""The loop of a search, on a stand-in bench whose measurements are made up."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from accelsearch import objective, report
+from accelsearch import study as module
+from accelsearch.budget import Verdict, decide, loss_told, violation
+from accelsearch.configuration import Budget, LatencySettings, SearchSettings
+from accelsearch.errors import (
+    BaselineError,
+    ModelError,
+    StorageError,
+    TrialError,
+    UnsupportedError,
+)
+from accelsearch.latency import dominated
+from accelsearch.measurement import Latency, Measurement, ParamValue, Scores, score_loss
+from accelsearch.methods import Parameter, applied
+from accelsearch.objective import Result, environment_of
+from accelsearch.storage import (
+    Outcome,
+    StoredStudy,
+    StoredTrial,
+    open_storage,
+    read_studies,
+    study_name,
+)
+from accelsearch.study import Found, search
+
+MakeConfiguration = Callable[..., Any]
+Params = Mapping[str, ParamValue]
+
+INTERVAL = Parameter("cache_interval", "int", 3, "", "", low=2, high=5)
+BRANCH = Parameter("cache_branch_id", "int", 0, "", "", low=0, high=2)
+EVERY = {(interval, branch) for interval in range(2, 6) for branch in range(3)}
+
+
+class Stand:
+    """A bench that measures nothing: 0.5x faster an interval, 2 % worse from interval 4 on.
+
+    `fault(params)` may raise what a measurement may raise.
+    """
+
+    def __init__(
+        self,
+        space: tuple[Parameter, ...] = (INTERVAL, BRANCH),
+        fault: Callable[[Params], None] = lambda params: None,
+        scores: Callable[[Params], tuple[Scores, ...]] | None = None,
+    ) -> None:
+        self.space = space
+        self.fault = fault
+        self.scores = scores or self._clip
+        self.loaded = 0
+        self.measured: list[dict[str, ParamValue]] = []
+        self.incumbents: list[float | None] = []
+        self.scored: list[dict[str, ParamValue]] = []
+
+    def __call__(self, configuration: Any, say: Callable[[str], None]) -> Any:
+        self.configuration = configuration
+        self.loaded += 1
+        say("loading")
+        return self
+
+    def defaults(self) -> dict[str, ParamValue]:
+        return {parameter.name: parameter.default for parameter in self.space}
+
+    @staticmethod
+    def speedup(params: Params) -> float:
+        return 0.5 * float(params.get("cache_interval", 2)) - 0.1 * float(
+            params.get("cache_branch_id", 0)
+        )
+
+    @staticmethod
+    def _clip(params: Params) -> tuple[Scores, ...]:
+        loss = 0.01 * float(params.get("cache_interval", 1))
+        return (Scores("clip_score", (50.0, 50.0), (50 * (1 - loss),) * 2),)
+
+    def measure(self, params: Params, *, incumbent: float | None = None) -> Result:
+        self.measured.append(dict(params))
+        self.incumbents.append(incumbent)
+        self.fault(params)
+        latency = Latency((1.0,) * 6, (1 / self.speedup(params),) * 6)
+        scores: tuple[Scores, ...] = ()
+        losses: dict[str, float] = {}
+        if dominated(latency, incumbent):
+            outcome, reason = Outcome.DOMINATED, f"a feasible trial has {incumbent:.2f}x"
+        else:
+            self.scored.append(dict(params))
+            scores = self.scores(params)
+            budgets = {budget.metric: budget for budget in self.configuration.budgets}
+            losses = {one.metric: score_loss(one, budgets[one.metric].floor_db) for one in scores}
+            told = [(losses[name], budget) for name, budget in budgets.items()]
+            kept = decide(told, exhausted=True) is Verdict.WITHIN
+            outcome = Outcome.FEASIBLE if kept else Outcome.OVER_BUDGET
+            reason = ", ".join(loss_told(*one) for one in told)
+        return Result(
+            outcome=outcome,
+            reason=reason,
+            measurement=Measurement(dict(params), latency, scores, None, None, {}),
+            losses=losses,
+            violations={
+                budget.metric: violation(losses[budget.metric], budget)
+                for budget in self.configuration.budgets
+                if losses
+            },
+            seconds={"latency": 1.5},
+            images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8) if scores else None,
+        )
+
+    def baseline_images(self, count: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+        return torch.zeros(count, 3, 8, 8, dtype=torch.uint8), ("a red circle",) * count
+
+
+class Events:
+    """A progress display that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def study_started(self, study: StoredStudy, environment: Any) -> None:
+        self.told.append(f"study with {len(study.trials)}")
+
+    def trial_started(self, params: Params) -> None:
+        self.told.append("trial")
+
+    def doing(self, what: str) -> None:
+        self.told.append(what)
+
+    def trial_finished(self, study: StoredStudy) -> None:
+        self.told.append(study.trials[-1].outcome.value)
+
+    def study_finished(self, found: Found) -> None:
+        self.told.append(found.stopped)
+
+
+class Lab:
+    """A storage on disk, opened anew for each search, as by a new process."""
+
+    def __init__(self, folder: Path, make_configuration: MakeConfiguration) -> None:
+        self.url = f"sqlite:///{folder / 'trials.db'}"
+        self.artifacts = folder / "artifacts"
+        self._make_configuration = make_configuration
+
+    def configuration(
+        self, trials: int = 3, sampler: str = "tpe", seed: int = 0, **fields: Any
+    ) -> Any:
+        settings = {"trials": trials, "sampler": sampler, "seed": seed}
+        settings["timeout_s"] = fields.pop("timeout_s", None)
+        budgets = (Budget(metric="clip_score", max_loss=0.035),)
+        return self._make_configuration(
+            **({"budgets": budgets, "search": SearchSettings(**settings)} | fields)
+        )
+
+    def search(self, bench: Any, progress: Any = None, **fields: Any) -> Found:
+        return search(
+            self.configuration(**fields),
+            open_storage(self.url),
+            artifacts=self.artifacts,
+            progress=progress,
+            bench=bench,
+        )
+
+    @property
+    def study(self) -> optuna.Study:
+        """The only study, as Optuna has it."""
+        storage = open_storage(self.url)
+        (summary,) = optuna.get_all_study_summaries(storage)
+        return optuna.load_study(study_name=summary.study_name, storage=storage)
+
+    @property
+    def trials(self) -> tuple[StoredTrial, ...]:
+        (study,) = read_studies(open_storage(self.url))
+        return study.trials
+
+    def suggest(self, *settings: tuple[int, int]) -> None:
+        """Let these settings be the next ones, whatever the sampler would choose."""
+        for interval, branch in settings:
+            self.study.enqueue_trial({"cache_interval": interval, "cache_branch_id": branch})
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables, which take long to make, and nothing in them."""
+    file = tmp_path_factory.mktemp("empty") / "trials.db"
+    open_storage(f"sqlite:///{file}")
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return file
+
+
+@pytest.fixture
+def make_lab(empty_database: Path, make_configuration: MakeConfiguration) -> Callable[[Path], Lab]:
+    def make(folder: Path) -> Lab:
+        folder.mkdir(exist_ok=True)
+        shutil.copy(empty_database, folder / "trials.db")
+        return Lab(folder, make_configuration)
+
+    return make
+
+
+@pytest.fixture
+def lab(make_lab: Callable[[Path], Lab], tmp_path: Path) -> Lab:
+    return make_lab(tmp_path)
+
+
+def setting(params: Params) -> tuple[Any, ...]:
+    return (params["cache_interval"], params["cache_branch_id"])
+
+
+def failing(*settings: tuple[int, int], error: BaseException) -> Callable[[Params], None]:
+    def fault(params: Params) -> None:
+        if not settings or setting(params) in settings:
+            raise error
+
+    return fault
+
+
+# What becomes of a trial
+
+
+def test_the_first_setting_is_the_default_one(lab: Lab) -> None:
+    bench = Stand()
+    lab.search(bench, trials=2)
+    assert bench.measured[0] == {"cache_interval": 3, "cache_branch_id": 0}
+    assert bench.measured[1] != bench.measured[0]
+
+
+def test_a_feasible_trial_is_complete_with_its_speedup(lab: Lab) -> None:
+    found = lab.search(Stand(), trials=1)
+    (trial,) = lab.study.trials
+    assert trial.state is TrialState.COMPLETE
+    assert trial.value == pytest.approx(1.5)
+    assert trial.constraints == {"clip_score": pytest.approx((0.03 - 0.035) / 0.035)}
+    assert found.best is not None
+    assert found.best.params == {"cache_interval": 3, "cache_branch_id": 0}
+    assert found.best.reason == "clip_score loss 3 % of 3.5 %"
+    assert found.best.seconds == {"latency": 1.5}
+
+
+def test_a_trial_over_its_budget_is_pruned_with_a_relative_constraint(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    lab.suggest((5, 0))
+    found = lab.search(Stand(), trials=2)
+    trial = lab.study.trials[1]
+    assert trial.state is TrialState.PRUNED
+    assert trial.constraints == {"clip_score": pytest.approx((0.05 - 0.035) / 0.035)}
+    stored = found.study.trials[1]
+    assert stored.outcome is Outcome.OVER_BUDGET
+    assert stored.reason == "clip_score loss 5 % of 3.5 %"
+    assert stored.measurement is not None
+    assert found.best is not None
+    assert found.best.number == 0  # though the other is faster
+
+
+def test_a_dominated_trial_is_pruned_unscored_and_without_a_constraint(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    lab.suggest((2, 1))
+    bench = Stand()
+    found = lab.search(bench, trials=2)
+    assert bench.incumbents == [pytest.approx(1.5)]
+    assert bench.scored == []
+    trial = lab.study.trials[1]
+    assert trial.state is TrialState.PRUNED
+    assert trial.constraints == {}
+    assert trial.intermediate_values == {0: pytest.approx(0.9)}
+    stored = found.study.trials[1]
+    assert stored.outcome is Outcome.DOMINATED
+    assert stored.reason == "a feasible trial has 1.50x"
+    assert stored.speedup == pytest.approx(0.9)
+    assert stored.measurement is not None
+    assert stored.measurement.scores == ()
+
+
+def test_the_speedup_to_beat_is_that_of_the_fastest_feasible_trial(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    lab.suggest((5, 0), (3, 1), (4, 0))
+    bench = Stand()
+    lab.search(bench, trials=4)
+    # The first of them is faster, but over the budget.
+    assert bench.incumbents == [pytest.approx(1.5)] * 3
+
+
+@pytest.mark.parametrize("reason", ["images contain NaN", "images are black", "out of GPU memory"])
+def test_a_failed_trial_keeps_its_reason_and_the_study_goes_on(lab: Lab, reason: str) -> None:
+    bench = Stand(fault=failing((3, 0), error=TrialError(reason)))
+    found = lab.search(bench, trials=4)
+    assert found.stopped == "the limit of 4 trials"
+    failed, *others = found.study.trials
+    assert (failed.outcome, failed.reason) == (Outcome.FAILED, reason)
+    assert failed.params == {"cache_interval": 3, "cache_branch_id": 0}
+    assert failed.measurement is None
+    assert failed.speedup is None
+    assert lab.study.trials[0].state is TrialState.FAIL
+    assert len(others) == 3
+    assert Outcome.FAILED not in {trial.outcome for trial in others}
+
+
+def test_images_with_nan_are_a_failed_trial_of_the_real_bench(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def spoilt(pipeline: Any, params: Any, *rest: Any) -> Iterator[None]:
+        bias = pipeline.unet.conv_out.bias
+        before = bias.clone()
+        with applied(pipeline, params, *rest):
+            if params["cache_interval"] == 3:
+                bias.fill_(float("nan"))
+            try:
+                yield
+            finally:
+                bias.copy_(before)
+
+    monkeypatch.setattr(objective, "applied", spoilt)
+    found = lab.search(
+        objective.Bench,
+        trials=2,
+        budgets=(Budget(metric="clip_score", max_loss=0.9),),
+        space={"cache_interval": (3, 2), "cache_branch_id": (0,)},
+        latency=LatencySettings(min_pairs=1, max_pairs=1),
+    )
+    failed, feasible = found.study.trials
+    assert (failed.outcome, failed.reason) == (Outcome.FAILED, "images contain NaN")
+    assert failed.measurement is None
+    assert feasible.outcome is Outcome.FEASIBLE
+    assert feasible.params == {"cache_interval": 2, "cache_branch_id": 0}
+    assert found.best == feasible
+
+
+def test_every_budget_is_a_constraint_and_all_must_hold(lab: Lab) -> None:
+    budgets = (Budget(metric="clip_score", max_loss=0.035), Budget(metric="ssim", max_loss=0.1))
+
+    def scores(params: Params) -> tuple[Scores, ...]:
+        return (*Stand._clip(params), Scores("ssim", None, (0.8, 0.8)))
+
+    found = lab.search(Stand(scores=scores), trials=1, budgets=budgets)
+    assert found.best is None
+    assert found.study.trials[0].outcome is Outcome.OVER_BUDGET
+    (trial,) = lab.study.trials
+    assert trial.state is TrialState.PRUNED
+    assert trial.constraints["clip_score"] < 0
+    assert trial.constraints["ssim"] == pytest.approx(1.0)
+
+
+def test_a_feasible_trial_alone_leaves_a_picture(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    lab.suggest((5, 0), (2, 2))
+    found = lab.search(Stand(), trials=3)
+    assert [trial.outcome for trial in found.study.trials] == [
+        Outcome.FEASIBLE,
+        Outcome.OVER_BUDGET,
+        Outcome.DOMINATED,
+    ]
+    storage = open_storage(lab.url)
+    pictures = [
+        report.kept_picture(lab.artifacts, storage, found.study.name, number) for number in range(3)
+    ]
+    assert pictures[0] is not None
+    assert pictures[0].startswith(b"\x89PNG")
+    assert pictures[1:] == [None, None]
+
+
+# What stops a search with an error
+
+
+def test_a_baseline_without_images_stops_the_search_and_is_stored(lab: Lab) -> None:
+    error = BaselineError("the baseline cannot be measured: images contain NaN")
+    with pytest.raises(BaselineError) as raised:
+        lab.search(Stand(fault=failing(error=error)), trials=5)
+    assert raised.value.exit_code == 1
+    (trial,) = lab.trials
+    assert (trial.outcome, trial.reason) == (Outcome.FAILED, str(error))
+
+
+def test_when_the_first_trials_all_fail_the_search_stops_with_the_reason(lab: Lab) -> None:
+    bench = Stand(fault=failing(error=TrialError("images contain NaN")))
+    with pytest.raises(TrialError, match=r"^all 3 trials failed, the last with images contain NaN"):
+        lab.search(bench, trials=10)
+    assert len(bench.measured) == 3
+    # Again: one more attempt, in case something was mended, and no more than that.
+    with pytest.raises(TrialError, match=r"^all 4 trials failed"):
+        lab.search(bench, trials=10)
+    assert len(bench.measured) == 4
+
+
+def test_a_repeated_failure_counts_once(lab: Lab) -> None:
+    bench = Stand(fault=failing(error=TrialError("images contain NaN")))
+    with pytest.raises(TrialError):
+        lab.search(bench, trials=10)
+    lab.suggest((3, 0))
+    with pytest.raises(TrialError, match=r"^all 4 trials failed, the last with images contain NaN"):
+        lab.search(bench, trials=10)
+    assert len(bench.measured) == 4
+
+
+def test_failures_after_a_success_do_not_stop_the_search(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    bench = Stand(fault=failing(error=TrialError("out of GPU memory")))
+    found = lab.search(bench, trials=6)
+    assert Counter(trial.outcome for trial in found.study.trials)[Outcome.FAILED] == 5
+    assert found.best is not None
+
+
+@pytest.mark.parametrize("error", [ModelError("no such model"), UnsupportedError("no UNet")])
+def test_a_configuration_that_cannot_be_measured_leaves_no_trial(
+    lab: Lab, error: Exception
+) -> None:
+    def bench(*_: Any) -> Any:
+        raise error
+
+    with pytest.raises(type(error)):
+        lab.search(bench)
+    assert lab.study.trials == []
+
+
+def test_a_model_that_is_none_leaves_no_study(lab: Lab, tmp_path: Path) -> None:
+    bench = Stand()
+    with pytest.raises(ModelError):
+        lab.search(bench, model=str(tmp_path / "none"))
+    assert bench.loaded == 0
+    assert read_studies(open_storage(lab.url)) == ()
+
+
+def test_artifacts_that_cannot_be_written_are_told_before_anything_is_measured(
+    lab: Lab, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    lab.artifacts = tmp_path / "file" / "artifacts"
+    bench = Stand()
+    with pytest.raises(StorageError, match=r"must be writable.*--artifacts"):
+        lab.search(bench)
+    assert bench.loaded == 0
+
+
+# Going on
+
+
+def test_a_search_whose_limit_is_reached_loads_no_bench(lab: Lab) -> None:
+    lab.search(Stand(), trials=3)
+    before = lab.trials
+    bench, events = Stand(), Events()
+    found = lab.search(bench, events, trials=3)
+    assert bench.loaded == 0
+    assert found.stopped == "the limit of 3 trials"
+    assert lab.trials == found.study.trials == before
+    assert events.told == ["study with 3", "the limit of 3 trials"]
+    assert lab.search(bench, trials=2).best == found.best
+    assert bench.loaded == 0
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_a_higher_limit_goes_on_and_repeats_no_setting(lab: Lab, sampler: str) -> None:
+    benches = [Stand(), Stand(), Stand()]
+    for bench, trials in zip(benches, (4, 7, 11), strict=True):
+        found = lab.search(bench, trials=trials, sampler=sampler)
+        assert found.stopped == f"the limit of {trials} trials"
+    settings = [setting(params) for bench in benches for params in bench.measured]
+    assert [len(bench.measured) for bench in benches] == [4, 3, 4]
+    assert len(set(settings)) == 11
+    assert set(settings) <= EVERY
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_a_space_is_exhausted_when_each_setting_is_measured_once(lab: Lab, sampler: str) -> None:
+    bench = Stand()
+    found = lab.search(bench, trials=30, sampler=sampler)
+    assert found.stopped == "all 12 settings are measured"
+    assert sorted(setting(params) for params in bench.measured) == sorted(EVERY)
+    assert found.best is not None
+    assert found.best.params == {"cache_interval": 3, "cache_branch_id": 0}
+    again = Stand()
+    assert lab.search(again, trials=30, sampler=sampler).stopped == found.stopped
+    assert again.measured == []
+
+
+def test_going_on_suggests_nothing_twice_and_tells_the_new_limit(lab: Lab) -> None:
+    lab.search(Stand(), trials=4, sampler="random")
+    limits: list[int] = []
+
+    class Limits(Events):
+        def trial_finished(self, study: StoredStudy) -> None:
+            limits.append(study.configuration.search.trials)
+
+    found = lab.search(Stand(), Limits(), trials=5, sampler="random")
+    # The sampler does not begin its sequence anew.
+    assert [trial.reused_from for trial in found.study.trials] == [None] * 5
+    assert limits == [5]
+    assert found.study.configuration == lab.configuration(trials=5, sampler="random")
+
+
+def test_another_sampler_goes_on_where_the_first_one_stopped(lab: Lab) -> None:
+    benches = {sampler: Stand() for sampler in ("tpe", "grid", "random")}
+    for trials, (sampler, bench) in zip((3, 7, 30), benches.items(), strict=True):
+        lab.search(bench, trials=trials, sampler=sampler)
+    settings = [setting(params) for bench in benches.values() for params in bench.measured]
+    assert sorted(settings) == sorted(EVERY)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_the_same_seed_searches_the_same_settings_and_another_one_others(
+    make_lab: Callable[[Path], Lab], tmp_path: Path, sampler: str
+) -> None:
+    measured = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        bench = Stand()
+        make_lab(tmp_path / name).search(bench, trials=5, sampler=sampler, seed=seed)
+        measured.append(bench.measured)
+    assert measured[0] == measured[1] != measured[2]
+
+
+@pytest.mark.parametrize(
+    ("repeated", "state"),
+    [
+        ((3, 0), TrialState.COMPLETE),
+        ((5, 0), TrialState.PRUNED),
+        ((2, 0), TrialState.PRUNED),
+        ((4, 0), TrialState.FAIL),
+    ],
+)
+def test_a_repeated_setting_takes_its_measurement_over(
+    lab: Lab, repeated: tuple[int, int], state: TrialState
+) -> None:
+    fault = failing((4, 0), error=TrialError("images are black"))
+    lab.search(Stand(), trials=1)
+    lab.suggest((5, 0), (2, 0), (4, 0))
+    lab.search(Stand(fault=fault), trials=4)
+    lab.suggest(repeated)
+    bench = Stand()
+    found = lab.search(bench, trials=5)
+
+    assert repeated not in [setting(params) for params in bench.measured]
+    assert len(bench.measured) == 1  # the repetition does not count against the limit
+    first = next(one for one in found.study.trials if setting(one.params) == repeated)
+    taken = found.study.trials[4]
+    assert taken.reused_from == first.number
+    assert replace(
+        taken, number=first.number, reused_from=None, seconds=first.seconds, finished=None
+    ) == replace(first, finished=None)
+    original, repetition = lab.study.trials[first.number], lab.study.trials[4]
+    assert repetition.state is original.state is state
+    assert repetition.constraints == original.constraints
+    assert repetition.values == original.values
+    assert repetition.intermediate_values == original.intermediate_values
+    assert found.best is not None
+    assert found.best.number == 0
+
+
+def test_an_interrupted_trial_is_measured_again_by_the_next_run(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    lab.suggest((4, 1))
+    with pytest.raises(KeyboardInterrupt):
+        lab.search(Stand(fault=failing((4, 1), error=KeyboardInterrupt())), trials=3)
+    interrupted = lab.trials[1]
+    assert (interrupted.outcome, interrupted.reason) == (Outcome.INTERRUPTED, "interrupted")
+    assert lab.study.trials[1].state is TrialState.FAIL
+
+    lab.suggest((4, 1))
+    bench = Stand()
+    found = lab.search(bench, trials=3)
+    assert found.stopped == "the limit of 3 trials"
+    assert setting(bench.measured[0]) == (4, 1)
+    assert len(bench.measured) == 2  # the interrupted one does not count
+    assert found.study.trials[2].reused_from is None
+
+
+def test_a_search_interrupted_in_its_first_trial_can_be_run_again(lab: Lab) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        lab.search(Stand(fault=failing(error=KeyboardInterrupt())))
+    found = lab.search(Stand(), trials=12)
+    assert found.stopped == "the limit of 12 trials"
+    assert found.best is not None
+    assert found.best.params == {"cache_interval": 3, "cache_branch_id": 0}
+
+
+def test_a_fault_of_ours_is_no_fact_about_the_setting(lab: Lab) -> None:
+    with pytest.raises(ZeroDivisionError):
+        lab.search(Stand(fault=failing(error=ZeroDivisionError())))
+    assert [trial.outcome for trial in lab.trials] == [Outcome.INTERRUPTED]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning")
+def test_the_trial_of_a_killed_worker_stands_in_nobodys_way(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    trial = lab.study.ask()
+    trial.suggest_int("cache_interval", 2, 5)
+    assert lab.trials[1].outcome is Outcome.RUNNING
+    bench = Stand()
+    found = lab.search(bench, trials=3)
+    assert len(bench.measured) == 2
+    assert found.stopped == "the limit of 3 trials"
+
+
+def test_another_environment_has_a_study_of_its_own(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration = lab.configuration()
+    here = environment_of(configuration)
+    first = lab.search(Stand(), trials=2)
+    monkeypatch.setattr(module, "environment_of", lambda _: replace(here, device="another GPU"))
+    bench = Stand()
+    second = lab.search(bench, trials=2)
+    assert len(bench.measured) == 2
+    assert first.study.name == study_name(configuration, here) != second.study.name
+
+
+# When it stops
+
+
+def test_the_time_limit_ends_the_search_after_the_running_trial(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def slow(params: Params) -> None:
+        now[0] += 4.0
+
+    bench = Stand(fault=slow)
+    found = lab.search(bench, trials=10, timeout_s=10.0)
+    assert found.stopped == "the time limit of 10 s"
+    assert len(bench.measured) == 3
+    # The next run has its own ten seconds.
+    lab.search(bench, trials=10, timeout_s=10.0)
+    assert len(bench.measured) == 6
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_without_a_method_there_is_one_setting(lab: Lab, sampler: str) -> None:
+    bench = Stand(space=())
+    found = lab.search(bench, trials=5, sampler=sampler, methods=())
+    assert bench.measured == [{}]
+    assert found.stopped == "the one setting is measured"
+    assert found.best is not None
+    assert found.best.params == {}
+    assert found.best.speedup == pytest.approx(1.0)
+    again = Stand(space=())
+    assert lab.search(again, trials=5, sampler=sampler, methods=()).best == found.best
+    assert again.measured == []
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_continuous_parameter_is_searched_up_to_the_limit(lab: Lab, sampler: str) -> None:
+    ratio = Parameter("ratio", "float", 0.5, "", "", low=0.1, high=0.7)
+    bench = Stand(space=(ratio,))
+    found = lab.search(bench, trials=12, sampler=sampler)
+    assert found.stopped == "the limit of 12 trials"
+    ratios = [params["ratio"] for params in bench.measured]
+    assert ratios[0] == 0.5
+    assert len(set(ratios)) == 12
+    assert all(ratio.accepts(value) for value in ratios)
+
+
+def test_the_grid_of_a_continuous_parameter_ends(lab: Lab) -> None:
+    ratio = Parameter("ratio", "float", 0.1, "", "", low=0.1, high=0.7)
+    bench = Stand(space=(ratio,))
+    found = lab.search(bench, trials=50, sampler="grid")
+    assert found.stopped == "the whole grid is measured"
+    assert len(bench.measured) == 10
+    ratios = [params["ratio"] for params in bench.measured]
+    assert (min(ratios), max(ratios)) == (0.1, 0.7)
+    assert all(ratio.accepts(value) for value in ratios)
+
+
+def test_every_kind_of_parameter_is_suggested_from_its_values(lab: Lab) -> None:
+    space = (
+        Parameter("mode", "choice", "fast", "", "", choices=("fast", "exact")),
+        Parameter("cache_interval", "int", 6, "", "", low=2, high=6, step=4),
+        Parameter("ratio", "float", 0.5, "", "", low=0.25, high=0.75, step=0.25),
+    )
+    bench = Stand(space=space)
+    found = lab.search(bench, trials=50)
+    assert found.stopped == "all 12 settings are measured"
+    for parameter in space:
+        values = {params[parameter.name] for params in bench.measured}
+        assert values == set(parameter.values() or ())
+        assert all(type(value) is type(parameter.default) for value in values)
+
+
+def test_progress_is_told_in_order(lab: Lab) -> None:
+    events = Events()
+    fault = failing((5, 2), error=TrialError("images are black"))
+    lab.search(Stand(fault=fault), events, trials=1)
+    lab.suggest((5, 2))
+    lab.search(Stand(fault=fault), events, trials=2)
+    assert events.told == [
+        "study with 0",
+        "loading",
+        "trial",
+        "feasible",
+        "the limit of 1 trials",
+        "study with 2",
+        "loading",
+        "trial",
+        "failed",
+        "the limit of 2 trials",
+    ]
+
+
+def test_nothing_feasible_has_no_best(lab: Lab) -> None:
+    found = lab.search(Stand(), trials=3, budgets=(Budget(metric="clip_score", max_loss=0.0),))
+    assert found.best is None
+    assert {trial.outcome for trial in found.study.trials} == {Outcome.OVER_BUDGET}
