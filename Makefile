@@ -6,7 +6,6 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-STORAGE ?= sqlite:///storage/accelsearch.db
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint bench clean
@@ -15,8 +14,8 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## Search the bundled model for its upper bound: about 3 minutes on 2 cores
-	$(BIN)/accelsearch bounds studies/shapes-demo.toml --storage $(STORAGE)
-	$(BIN)/accelsearch export --out storage/exports --storage $(STORAGE)
+	$(BIN)/accelsearch bounds studies/shapes-demo.toml
+	$(BIN)/accelsearch export studies/shapes-demo.toml --out storage/exports
 
 test: $(VENV)/installed-dev ## Run the tests: no network, no GPU
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
@@ -40,11 +39,12 @@ clean: ## Remove the virtual environment and all caches, but no results
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "accelsearch needs Python 3.11 or newer on the PATH, found none; \
 	install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
 # torch comes first and by itself: resolved together with others, pip may try several builds of it.
+# It is the large one, so its download is shown.
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@touch $@
 

@@ -40,7 +40,11 @@ def loss_told(loss: float, budget: Budget) -> str:
     """A loss beside its budget, in the metric's unit: `clip_score loss 1.3 % of 2 %`."""
     if budget.floor_db is not None:
         return f"psnr {budget.floor_db - loss:.1f} dB, floor {budget.floor_db:g} dB"
-    return f"{budget.metric} loss {_percent(loss, 2)} of {_percent(budget.max_loss, 3)}"
+    limit = _percent(budget.max_loss, 3)
+    # As many digits as tell 1.99 % from 2 %.
+    told = (_percent(loss, digits) for digits in range(2, 7))
+    shown = next((text for text in told if text != limit), limit)
+    return f"{budget.metric} loss {shown} of {limit}"
 
 
 def decide(losses: Iterable[tuple[float, Budget]], *, exhausted: bool) -> Verdict:

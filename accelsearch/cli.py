@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from accelsearch import __version__
-from accelsearch.errors import AccelSearchError, PlanError, TrialError, nearest
+from accelsearch.errors import AccelSearchError, PlanError, StorageError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +57,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:
-        _fail("interrupted; run the same command again to continue", code)
+        _fail("interrupted; finished trials are kept, run the same command again", code)
     raise SystemExit(code or 0)
 
 
@@ -86,20 +86,22 @@ def bounds(
     from accelsearch.study import search
 
     database = open_storage(storage)
-    found, failed = [], False
+    found, code = [], 0
     for configuration in configurations:
         try:
             with progress_on(_stderr()) as progress:
                 found.append(
                     search(configuration, database, artifacts=artifacts, progress=progress)
                 )
-        except TrialError as error:
+        except StorageError:
+            raise
+        except AccelSearchError as error:
             # A fact about this configuration; the others may do better.
-            failed = True
-            _complain(f"{configuration.slug}: {error}")
+            code = max(code, error.exit_code)
+            _complain(f"{configuration.slug}: {error}" if len(configurations) > 1 else str(error))
     if found:
         _stdout().print(bounds_table(found))
-    return 1 if failed or not any(one.best for one in found) else 0
+    return code or (0 if any(one.best for one in found) else 1)
 
 
 @app.command(epilog="Example: accelsearch measure studies/shapes-demo.toml --set cache_interval=3")
@@ -176,8 +178,12 @@ def methods(as_json: Json = False) -> int:
     return 0
 
 
-@app.command(epilog="Example: accelsearch export --out storage/exports")
+@app.command(epilog="Example: accelsearch export studies/shapes-demo.toml --out storage/exports")
 def export(
+    plan: Annotated[
+        Path | None,
+        typer.Argument(metavar="[PLAN]", help="Only this plan's studies, made on this machine."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = Path("storage/exports"),
     study: Annotated[
         list[str] | None, typer.Option(help="A study to export, instead of all; repeatable.")
@@ -186,11 +192,21 @@ def export(
     artifacts: Artifacts = Path("storage/artifacts"),
 ) -> int:
     """Write speedup_bounds.json and search_params.json, and a picture of each best trial."""
+    names = list(study or ())
+    if plan is not None:
+        from accelsearch.configuration import load_plan
+
+        configurations = load_plan(plan).configurations()
+
     from accelsearch.export import export as export_to
-    from accelsearch.storage import open_storage
+    from accelsearch.storage import open_storage, study_name
 
     database = open_storage(storage, create=False)
-    exported = export_to(database, out, artifacts=artifacts, names=study or None)
+    if plan is not None:
+        from accelsearch.objective import environment_of
+
+        names += [study_name(one, environment_of(one)) for one in configurations]
+    exported = export_to(database, out, artifacts=artifacts, names=names or None)
     for file in (exported.bounds, exported.params, *exported.pictures):
         typer.echo(file)
     for name in exported.nothing_feasible:

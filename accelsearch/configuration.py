@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from accelsearch.methods.base import AccelerationMethod, Parameter
 
 __all__ = [
+    "BUNDLED",
     "DTYPES",
     "METRICS",
     "SAMPLERS",
@@ -56,6 +57,8 @@ __all__ = [
 ]
 
 SHAPES = "shapes"  # the bundled model, its prompts and its scorer
+BUNDLED = Path(__file__).parent / "shapes" / "weights"
+"""The bundled model: `pipeline` loads as a StableDiffusionPipeline, `clip` scores its images."""
 DTYPES = ("float32", "float16", "bfloat16")
 SAMPLERS = ("tpe", "random", "grid")
 
@@ -315,7 +318,10 @@ class _Common(_Frozen):
 
 
 class Configuration(_Common):
-    """One cell of a plan's matrix: everything that decides what a study measures."""
+    """One cell of a plan's matrix: everything that decides what a study measures.
+
+    `weights` tells checkpoints in the same folder apart; None for hub ids, which `revision` pins.
+    """
 
     scheduler: _Scheduler
     steps: _Steps
@@ -325,6 +331,7 @@ class Configuration(_Common):
     prompts_name: _Name
     height: _Pixels
     width: _Pixels
+    weights: str | None = None
 
     @property
     def images(self) -> int:
@@ -337,6 +344,7 @@ class Configuration(_Common):
             "model": self.model,
             "revision": self.revision,
             "variant": self.variant,
+            "weights": self.weights,
             "pipeline": self.pipeline,
             "scheduler": self.scheduler,
             "steps": self.steps,
@@ -462,6 +470,7 @@ class Plan(_Common):
             )
         common = {name: getattr(self, name) for name in _Common.model_fields if name != "space"}
         height, width = self.resolution
+        weights = _fingerprint(self.model, self.scoring_model)
         return tuple(
             Configuration(
                 **common,
@@ -471,6 +480,7 @@ class Plan(_Common):
                 prompts=prompts[: self.images],
                 held_out_prompts=prompts[self.images :],
                 prompts_name=Path(self.prompts).name,
+                weights=weights,
                 height=height,
                 width=width,
                 # What another method's parameters may be does not change this configuration.
@@ -484,6 +494,24 @@ class Plan(_Common):
             for steps in self.steps
             for methods in self.methods
         )
+
+
+def _fingerprint(*models: str) -> str | None:
+    """Ten hexadecimal digits of the files of these models; None if none of them is a folder.
+
+    Each file's name, size and first mebibyte: weights that were trained or converted anew differ
+    there, and gigabytes are not read for it.
+    """
+    digest, found = hashlib.sha256(), False
+    for model in dict.fromkeys(models):
+        folder = BUNDLED if model == SHAPES else Path(model)
+        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            if file.is_file() and file.suffix in (".json", ".txt", ".safetensors"):
+                found = True
+                digest.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode())
+                with file.open("rb") as opened:
+                    digest.update(opened.read(2**20))
+    return digest.hexdigest()[:10] if found else None
 
 
 def _check_values(parameter: Parameter, values: tuple[Value, ...] | Range) -> None:

@@ -79,6 +79,9 @@ class PlainProgress:
                 self._print(f"  trial {trial.number} (limit {limit})  {told(trial)}")
         self._ended = len(study.trials)
 
+    def warned(self, of: str) -> None:
+        self._print(f"  warning: {of}")
+
     def study_finished(self, found: Found) -> None:
         self._print(f"  stopped: {found.stopped}")
 
@@ -122,6 +125,9 @@ class LiveProgress:
             self._trials_s.append(time.monotonic() - self._began)
             style = "green" if trial.outcome is Outcome.FEASIBLE else "dim"
             self._console.print(Text(f"  {told(trial)}", style))
+
+    def warned(self, of: str) -> None:
+        self._console.print(Text(f"  warning: {of}", "yellow"))
 
     def study_finished(self, found: Found) -> None:
         self.stop()

@@ -97,7 +97,7 @@ def _storage(url: str) -> str:
                 "name another with --storage"
             )
         return f"{redacted(url)} does not exist yet; the first search makes it"
-    return f"{redacted(url)} holds {len(read_studies(open_storage(url)))} studies"
+    return f"{redacted(url)} holds {len(read_studies(open_storage(url, create=False)))} studies"
 
 
 def _dashboard() -> Finding:

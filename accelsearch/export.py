@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ def export(
 ) -> Exported:
     """Write the upper bound of each study (all, or those named), and the parameters that reach it.
 
-    Entries that the files already hold under other keys stay; one of another study is replaced
-    only where `names` chooses. A study without a feasible trial has no entry.
+    Other configurations' entries in existing files stay. Those of another study of the same
+    configuration (another GPU, say) are replaced only where `names` chooses: the measured speedup
+    in their keys would leave them standing beside ours. A study without a feasible trial has no
+    entry.
 
     Raises:
         StorageError: no study, or none of a name.
@@ -68,11 +70,12 @@ def export(
     files = (out / BOUNDS, out / PARAMS)
     # Read both before either is written: what is wrong with one leaves both as they were.
     kept = [contract.read(file) if file.exists() else {} for file in files]
+    others = [_others(old, new) for old, new in zip(kept, (bounds, params), strict=True)]
     if names is None:
-        for file, old, new in zip(files, kept, (bounds, params), strict=True):
-            _refuse_replacing(file, old, new)
-    for file, old, new in zip(files, kept, (bounds, params), strict=True):
-        contract.write(file, {**old, **new})
+        for file, keys in zip(files, others, strict=True):
+            _refuse_replacing(file, keys)
+    for file, old, keys, new in zip(files, kept, others, (bounds, params), strict=True):
+        contract.write(file, {**{key: old[key] for key in old if key not in keys}, **new})
 
     pictures = []
     for study, trial in found:
@@ -98,14 +101,31 @@ def _refuse_collisions(studies: Sequence[StoredStudy]) -> None:
             )
 
 
-def _refuse_replacing(file: Path, old: Entries, new: Entries) -> None:
-    for key, entry in new.items():
-        study = old.get(key, {}).get("study", entry["study"])
-        if study != entry["study"]:
-            raise ExportError(
-                f"studies must not share a key, but {file} has {key} of {study}, and it would be "
-                f"replaced by that of {entry['study']}; choose it with --study, or another --out"
-            )
+def _others(old: Entries, new: Entries) -> dict[str, tuple[str, str]]:
+    """The keys in `old` that stand for another study of a configuration of ours, with both studies.
+
+    An entry that names no study is not ours either, but only its very key is contested: whoever
+    wrote it may have measured other speedups of this configuration.
+    """
+    ours = {_without_speedup(key): entry["study"] for key, entry in new.items()}
+    contested = {}
+    for key, entry in old.items():
+        mine, theirs = ours.get(_without_speedup(key)), entry.get("study")
+        if mine is not None and theirs != mine and (theirs is not None or key in new):
+            contested[key] = (str(theirs or "an unnamed study"), str(mine))
+    return contested
+
+
+def _without_speedup(key: str) -> Key:
+    return replace(Key.parse(key), speedup=None)
+
+
+def _refuse_replacing(file: Path, others: dict[str, tuple[str, str]]) -> None:
+    for key, (theirs, mine) in others.items():
+        raise ExportError(
+            f"studies must not share a configuration in one file, but {file} has {key} of {theirs}; "
+            f"replace it with --study {mine}, or choose another folder with --out"
+        )
 
 
 def _differing(left: StoredStudy, right: StoredStudy) -> list[str]:

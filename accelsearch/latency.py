@@ -84,12 +84,15 @@ def measure_latency(
                 generate(pipeline, configuration, prompts, seeds)
 
     # A fixed order would give the second call of each pair the warmer caches, a fixed alternation
-    # would beat with anything periodic.
+    # would beat with anything periodic; a fair coin may favour one kind in the first few pairs. So
+    # a coin is tossed for every other pair, and the next one takes the opposite order.
     coin = np.random.default_rng(configuration.seed)
+    baseline_first = False
     baseline_s: list[float] = []
     accelerated_s: list[float] = []
     while True:
-        if coin.random() < 0.5:
+        baseline_first = not baseline_first if len(baseline_s) % 2 else coin.random() < 0.5
+        if baseline_first:
             baseline_s.append(timed(False))
             accelerated_s.append(timed(True))
         else:
@@ -105,10 +108,12 @@ def measure_latency(
 
 
 def dominated(latency: Latency, incumbent: float | None) -> bool:
-    """Whether even the upper end of the 95 % interval falls short of the speedup to beat."""
+    """Whether even the upper end of the 95 % interval falls short of the speedup to beat.
+
+    Never with fewer pairs than an interval takes: one slow call is no reason to give up.
+    """
     interval = latency.interval()
-    at_best = interval[1] if interval else latency.speedup
-    return incumbent is not None and at_best < incumbent
+    return incumbent is not None and interval is not None and interval[1] < incumbent
 
 
 def _precise(latency: Latency, precision: float) -> bool:

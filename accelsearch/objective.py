@@ -128,8 +128,9 @@ class Bench:
     ) -> Result:
         """Measure one setting: `params` flat, in full.
 
-        `incumbent` is the speedup of the best feasible trial: a setting whose 95 % interval lies
-        below it is dominated and not scored. With `score` off, only latency is measured.
+        `incumbent` is what the best feasible trial reaches at least (the lower end of its
+        interval): a setting whose 95 % interval lies below that is dominated and not scored. With
+        `score` off, only latency is measured.
 
         Raises:
             BaselineError: the unaccelerated pipeline makes no usable images.
@@ -152,7 +153,7 @@ class Bench:
         images: torch.Tensor | None = None
         if dominated(timing.latency, incumbent):
             outcome = Outcome.DOMINATED
-            reason = f"a feasible trial has {incumbent:.2f}x"
+            reason = f"a feasible trial has {incumbent:.2f}x or more"
         elif not score:
             outcome, reason = Outcome.UNSCORED, "only its latency was asked for"
         else:
@@ -331,9 +332,22 @@ def _faults() -> Iterator[None]:
     try:
         with _out_of_memory():
             yield
+    except _lost_device() as error:
+        # Nothing can run on it in this process any more: no fault of this setting's alone.
+        raise ModelError(
+            f"the GPU must keep working, but {pipelines.reason(error)}; run the same command again"
+        ) from error
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         told = f"{type(error).__name__}: {pipelines.reason(error)}"
         raise TrialError(told) from error
+
+
+def _lost_device() -> tuple[type[Exception], ...]:
+    import torch
+
+    # Since torch 2.8; before it, the error is a plain RuntimeError.
+    found = getattr(torch, "AcceleratorError", None)
+    return () if found is None else (found,)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelsearch.configuration import SHAPES
+from accelsearch.configuration import BUNDLED, SHAPES
 from accelsearch.errors import ModelError, TrialError, nearest
 from accelsearch.measurement import Environment
 from accelsearch.methods.base import Run
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
     from accelsearch.configuration import Configuration
 
+# What decides how fast a pipeline is and how its images are scored, ourselves included.
+_MEASURING = ("accelsearch", "diffusers", "torch", "torchmetrics", "transformers")
+
 __all__ = [
-    "BUNDLED",
     "call",
     "detect_environment",
     "generate",
@@ -42,9 +44,6 @@ __all__ = [
     "resolve_model",
     "run_of",
 ]
-
-BUNDLED = Path(__file__).parent / "shapes" / "weights"
-"""The bundled model: `pipeline` loads as a StableDiffusionPipeline, `clip` scores its images."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -91,10 +90,7 @@ def detect_environment(device: torch.device, libraries: Iterable[str] = ()) -> E
         cuda=torch.version.cuda if on_gpu else None,
         threads=0 if on_gpu else torch.get_num_threads(),
         python=platform.python_version(),
-        versions={
-            name: version(name)
-            for name in sorted({"torch", "diffusers", "transformers", *libraries})
-        },
+        versions={name: version(name) for name in sorted({*_MEASURING, *libraries})},
     )
 
 
@@ -113,10 +109,11 @@ def load(configuration: Configuration) -> DiffusionPipeline:
     device = resolve_device(configuration.device)
     pipeline_class = _class_of_diffusers(configuration.pipeline, "Pipeline")
     _check_inputs(pipeline_class)
-    folder = _checkpoint(pipeline_class, configuration)
-    _check_components(folder, pipeline_class, configuration)
     accepted = inspect.signature(pipeline_class.__init__).parameters
     no_checker = {"safety_checker": None, "requires_safety_checker": False}
+    left_out = {name: value for name, value in no_checker.items() if name in accepted}
+    folder = _checkpoint(pipeline_class, configuration, left_out)
+    _check_components(folder, pipeline_class, configuration)
     with quiet():
         try:
             pipeline = pipeline_class.from_pretrained(
@@ -125,7 +122,7 @@ def load(configuration: Configuration) -> DiffusionPipeline:
                 variant=configuration.variant,
                 use_safetensors=True,
                 trust_remote_code=False,
-                **{name: value for name, value in no_checker.items() if name in accepted},
+                **left_out,
             ).to(device)
         except Exception as error:
             raise ModelError(
@@ -269,8 +266,10 @@ def reason(error: Exception) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _checkpoint(pipeline_class: Any, configuration: Configuration) -> Path:
-    """The folder with the checkpoint, downloaded if need be."""
+def _checkpoint(
+    pipeline_class: Any, configuration: Configuration, left_out: Mapping[str, Any]
+) -> Path:
+    """The folder with the checkpoint, downloaded if need be, without the parts to leave out."""
     folder = resolve_model(configuration.model, "pipeline")
     if folder is not None:
         return folder
@@ -283,6 +282,7 @@ def _checkpoint(pipeline_class: Any, configuration: Configuration) -> Path:
                 variant=configuration.variant,
                 use_safetensors=True,
                 trust_remote_code=False,
+                **left_out,
             )
     except Exception as error:
         raise ModelError(

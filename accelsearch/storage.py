@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -39,6 +40,7 @@ __all__ = [
     "StoredStudy",
     "StoredTrial",
     "create_study",
+    "database_errors",
     "exists",
     "open_storage",
     "read_studies",
@@ -113,7 +115,7 @@ class StoredStudy:
 def open_storage(url: str, *, create: bool = True) -> BaseStorage:
     """Open the database that `url` names, and create its file and tables if there are none.
 
-    Without `create`, a SQLite file that does not exist is an error instead.
+    Without `create` nothing is changed: a file or tables that do not exist are an error instead.
 
     Raises:
         StorageError: the URL is none, names an unknown kind of database or one whose driver is
@@ -145,9 +147,13 @@ def open_storage(url: str, *, create: bool = True) -> BaseStorage:
     template = url.replace("{", "{{").replace("}", "}}")
     try:
         storage = RDBStorage(
-            template, engine_kwargs=options, heartbeat_interval=_HEARTBEAT_S, grace_period=_GRACE_S
+            template,
+            engine_kwargs=options,
+            heartbeat_interval=_HEARTBEAT_S,
+            grace_period=_GRACE_S,
+            skip_table_creation=not create,  # who only reads changes nothing
         )
-        if parsed.get_backend_name() == "sqlite":
+        if create and parsed.get_backend_name() == "sqlite":
             _use_write_ahead_log(storage)
     except ImportError as error:
         driver = parsed.drivername
@@ -162,6 +168,18 @@ def open_storage(url: str, *, create: bool = True) -> BaseStorage:
     except (RuntimeError, ValueError) as error:  # another Optuna's tables; an option of the URL
         raise StorageError(f"storage {shown} cannot be used: {error}") from None
     return optuna.storages.get_storage(storage)
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Tell in one line that the database failed: locked, full, or its server gone."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise StorageError(
+            f"storage must stay reachable and writable: {_cause(error)}; finished trials are kept, "
+            "run the same command again to continue"
+        ) from error
 
 
 def exists(url: str) -> bool:

@@ -30,6 +30,7 @@ from accelsearch.storage import (
     StoredStudy,
     StoredTrial,
     create_study,
+    database_errors,
     read_study,
     record,
 )
@@ -51,6 +52,8 @@ class Progress(Protocol):
 
     def trial_finished(self, study: StoredStudy) -> None: ...
 
+    def warned(self, of: str) -> None: ...
+
     def study_finished(self, found: Found) -> None: ...
 
 
@@ -64,6 +67,8 @@ class Silent:
     def doing(self, what: str) -> None: ...
 
     def trial_finished(self, study: StoredStudy) -> None: ...
+
+    def warned(self, of: str) -> None: ...
 
     def study_finished(self, found: Found) -> None: ...
 
@@ -81,6 +86,7 @@ class Found:
         return fastest_feasible(self.study)
 
 
+@database_errors()
 def search(
     configuration: Configuration,
     storage: BaseStorage,
@@ -118,7 +124,7 @@ def search(
     ready = bench(configuration, progress.doing)
     space = ready.space
     size = _size(space)
-    if not stored.trials and space:
+    if _setting(ready.defaults()) not in _settings(stored) and not _waiting(study):
         study.enqueue_trial(ready.defaults())
     deadline = time.monotonic() + (settings.timeout_s or math.inf)
     on_grid = settings.sampler == "grid"
@@ -136,7 +142,7 @@ def search(
             untried = _untried(space, stored)
             if not untried:
                 return _finished(progress, stored, "the whole grid is measured")
-            if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            if not _waiting(study):
                 chance = random.Random(settings.seed + len(stored.trials))  # noqa: S311
                 study.enqueue_trial(chance.choice(untried))
         trial = _Trial(ready, stored, artifacts, progress)
@@ -172,9 +178,13 @@ class _Trial:
         if known is not None:
             self.repeated = True
             return self._repeat(trial, known)
-        best = fastest_feasible(self._stored)
         try:
-            result = self._bench.measure(params, incumbent=best.speedup if best else None)
+            result = self._bench.measure(params, incumbent=_at_least(self._stored))
+        except BaselineError as error:
+            # Not the fault of this setting, which is to be tried again.
+            self.error = error
+            record(trial, Outcome.INTERRUPTED, error.reason)
+            raise
         except TrialError as error:
             self.error = error
             record(trial, Outcome.FAILED, error.reason)
@@ -220,16 +230,26 @@ class _Trial:
         assert result.images is not None
         images = result.images[: report.PICTURED]
         baseline, prompts = self._bench.baseline_images(len(images))
-        report.keep_picture(
-            self._artifacts,
-            trial,
-            report.comparison(
-                baseline,
-                images,
-                prompts,
-                title=f"{result.measurement.latency.speedup:.2f}x: {result.reason}",
-            ),
-        )
+        title = f"{result.measurement.latency.speedup:.2f}x: {result.reason}"
+        picture = report.comparison(baseline, images, prompts, title=title)
+        try:
+            report.keep_picture(self._artifacts, trial, picture)
+        except OSError as error:
+            # The measurement took minutes, and is worth keeping without its picture.
+            self._progress.warned(f"no picture in {self._artifacts}: {error.strerror}")
+
+
+def _waiting(study: optuna.Study) -> bool:
+    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+
+def _at_least(stored: StoredStudy) -> float | None:
+    """What the best feasible trial reaches beyond the noise: the lower end of its interval."""
+    best = fastest_feasible(stored)
+    if best is None or best.measurement is None:
+        return None
+    interval = best.measurement.latency.interval()
+    return None if interval is None else interval[0]
 
 
 def _read(study: optuna.Study, configuration: Configuration) -> StoredStudy:
@@ -255,7 +275,10 @@ def _suggest(trial: optuna.Trial, parameter: Parameter) -> ParamValue:
     if parameter.kind == "int":
         low, high, step = int(parameter.low), int(parameter.high), int(parameter.step or 1)
         return trial.suggest_int(parameter.name, low, high, step=step)
-    return trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step)
+    value = trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step)
+    # Optuna's multiples of a step carry rounding errors; the same setting must be the same number.
+    listed = (one for one in parameter.values() or (value,) if isinstance(one, int | float))
+    return min(listed, key=lambda one: abs(one - value))
 
 
 def _values(parameter: Parameter) -> tuple[ParamValue, ...]:

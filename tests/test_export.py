@@ -395,12 +395,31 @@ def test_an_entry_of_another_study_is_replaced_only_when_chosen(
     assert entries(out)[0][BOUND]["study"] == there.study_name
 
 
-def test_an_entry_that_names_no_study_gives_way(database: BaseStorage, out: Path) -> None:
+def test_an_entry_that_names_no_study_is_replaced_only_when_chosen(
+    database: BaseStorage, out: Path
+) -> None:
     out.mkdir()
     (out / BOUNDS).write_text(json.dumps({BOUND: {"max_speedup": 1.0}}))  # of the old scripts
-    add_trial(started(database), 2.0, 0.01)
-    exported(database, out)
+    study = started(database)
+    add_trial(study, 2.0, 0.01)
+    with pytest.raises(ExportError, match="an unnamed study"):
+        exported(database, out)
+    assert json.loads((out / BOUNDS).read_text())[BOUND]["max_speedup"] == 1.0
+    exported(database, out, study.study_name)
     assert entries(out)[0][BOUND]["max_speedup"] == 2.2
+
+
+def test_choosing_a_study_drops_the_params_of_the_other(
+    tmp_path: Path, database: BaseStorage, out: Path
+) -> None:
+    add_trial(started(database), 3.0, 0.01)
+    exported(database, out)
+    (tmp_path / "other").mkdir()
+    elsewhere = open_storage(new_database(tmp_path / "other"))
+    there = started(elsewhere, replace(ENVIRONMENT, device="NVIDIA A100"))
+    add_trial(there, 2.0, 0.01)
+    exported(elsewhere, out, there.study_name)
+    assert [entry["device"] for entry in entries(out)[1].values()] == ["NVIDIA A100"]
 
 
 # Pictures

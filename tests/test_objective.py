@@ -29,6 +29,7 @@ from accelsearch.storage import Outcome
 MakeConfiguration = Callable[..., Any]
 
 ONE_PAIR = LatencySettings(min_pairs=1, max_pairs=1, warmup=0)
+SIX_PAIRS = LatencySettings(min_pairs=6, max_pairs=6, warmup=0)
 ROUGH = {"cache_interval": 3, "cache_branch_id": 0}  # PSNR about 40 dB on the tiny pipeline
 FINE = {"cache_interval": 3, "cache_branch_id": 5}  # about 55 dB
 CLIP, SSIM = Budget(metric="clip_score", max_loss=0.02), Budget(metric="ssim", max_loss=0.02)
@@ -172,14 +173,19 @@ def test_without_a_clip_budget_no_scoring_model_is_wanted(
 
 def test_a_dominated_setting_is_timed_and_never_scored(make_bench: Callable[..., Bench]) -> None:
     said: list[str] = []
-    result = make_bench(said.append).measure(ROUGH, incumbent=1000.0)
+    timed = make_bench(said.append, latency=SIX_PAIRS)
+    result = timed.measure(ROUGH, incumbent=1000.0)
     assert result.outcome is Outcome.DOMINATED
-    assert result.reason == "a feasible trial has 1000.00x"
+    assert result.reason == "a feasible trial has 1000.00x or more"
     assert result.measurement.scores == ()
     assert result.losses == result.violations == {}
     assert result.images is None
     assert result.measurement.latency.speedup > 0
     assert said == ["loading the pipeline", "baseline 1/3", "timing"]
+
+
+def test_a_setting_timed_too_seldom_for_an_interval_is_scored(bench: Bench) -> None:
+    assert bench.measure(FINE, incumbent=1000.0).outcome is not Outcome.DOMINATED
 
 
 def test_a_setting_that_beats_the_incumbent_is_scored(bench: Bench) -> None:
@@ -254,6 +260,18 @@ def test_a_full_gpu_fails_the_trial(bench: Bench, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(TrialError) as raised:
         bench.measure(FINE)
     assert raised.value.reason == "out of GPU memory"
+
+
+def test_a_full_gpu_while_images_are_made_fails_the_trial(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    full = raising(torch.OutOfMemoryError("CUDA out of memory"))
+    # The timing is over by then.
+    spoil(monkeypatch, lambda pipeline: full(pipeline) if "scoring 0/3" in said else nullcontext())
+    with pytest.raises(TrialError, match=r"^out of GPU memory$"):
+        make_bench(said.append).measure(FINE)
+    assert "scoring 0/3" in said
 
 
 @pytest.mark.parametrize("where", ["load", "score"])

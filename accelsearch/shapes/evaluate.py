@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
-from accelsearch.pipelines import BUNDLED
+from accelsearch.configuration import BUNDLED
 from accelsearch.quality import Scorer
 from accelsearch.shapes import judge, scenes
 from accelsearch.shapes.pictures import save_grid

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from accelsearch.pipelines import BUNDLED
+from accelsearch.configuration import BUNDLED
 from accelsearch.shapes import evaluate, scenes
 from accelsearch.shapes.pictures import save_grid
 

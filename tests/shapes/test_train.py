@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from accelsearch.pipelines import BUNDLED
+from accelsearch.configuration import BUNDLED
 from accelsearch.quality import Scorer
 from accelsearch.shapes import models, scenes, train
 
