@@ -123,7 +123,7 @@ def _without_speedup(key: str) -> Key:
 def _refuse_replacing(file: Path, others: dict[str, tuple[str, str]]) -> None:
     for key, (theirs, mine) in others.items():
         raise ExportError(
-            f"studies must not share a configuration in one file, but {file} has {key} of {theirs}; "
+            f"one file must not mix studies of a configuration, but {file} has {key} of {theirs}; "
             f"replace it with --study {mine}, or choose another folder with --out"
         )
 
