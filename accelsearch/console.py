@@ -173,7 +173,9 @@ def bounds_table(found: Iterable[Found]) -> Table:
     """The result of `bounds`: baseline, best feasible, its score loss, and what was pruned."""
     table = Table(title="Upper bounds", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for name in ("configuration", "baseline", "best feasible", "score loss", "pruned"):
-        table.add_column(name, overflow="fold")
+        # So wide that a parameter and its value, or a speedup and its interval, stay on one line.
+        width = 18 if name == "best feasible" else None
+        table.add_column(name, overflow="fold", min_width=width)
     for one in found:
         study, best = one.study, one.best
         counted = outcomes(study)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from accelsearch import pipelines
+from accelsearch import methods, pipelines
 from accelsearch.budget import Verdict, decide, loss_told, violation
 from accelsearch.configuration import Budget, Configuration, Range
 from accelsearch.errors import BaselineError, ModelError, PlanError, TrialError
@@ -105,15 +105,18 @@ class Bench:
     @property
     def space(self) -> tuple[Parameter, ...]:
         """The effective parameters of the configuration's methods, as its plan narrows them."""
-        found: list[Parameter] = []
-        for name in METHODS:
-            if name in self.configuration.methods:
-                found += METHODS[name].space(self.pipeline, self._run)
         space = self.configuration.space
+        found = methods.space(
+            self.pipeline, self.configuration.methods, self._run, freed=tuple(space)
+        )
         return tuple(
             _narrowed(parameter, space[parameter.name]) if parameter.name in space else parameter
             for parameter in found
         )
+
+    def starts(self) -> list[dict[str, ParamValue]]:
+        """Settings to begin with: all defaults, then each method of a combination alone."""
+        return methods.starts(self.space)
 
     def defaults(self) -> dict[str, ParamValue]:
         """Each parameter's default within the space."""
@@ -137,7 +140,6 @@ class Bench:
             TrialError: this setting cannot be measured.
         """
         seconds = _Stopwatch()
-        methods = self.configuration.methods
         with seconds("baseline"):
             self._baseline_batch(0)
         with seconds("latency"), _faults():
@@ -171,7 +173,9 @@ class Bench:
                 scores=scores,
                 peak_memory_bytes=timing.peak_memory_bytes,
                 baseline_peak_memory_bytes=timing.baseline_peak_memory_bytes,
-                implementation={name: METHODS[name].implementation() for name in methods},
+                implementation={
+                    name: METHODS[name].implementation() for name in self.configuration.methods
+                },
             ),
             losses=losses,
             violations={name: violation(loss, budgets[name]) for name, loss in losses.items()},

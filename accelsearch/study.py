@@ -124,8 +124,10 @@ def search(
     ready = bench(configuration, progress.doing)
     space = ready.space
     size = _size(space)
-    if _setting(ready.defaults()) not in _settings(stored) and not _waiting(study):
-        study.enqueue_trial(ready.defaults())
+    if not _waiting(study):
+        for start in ready.starts():
+            if _setting(start) not in _settings(stored):
+                study.enqueue_trial(start)
     deadline = time.monotonic() + (settings.timeout_s or math.inf)
     on_grid = settings.sampler == "grid"
     repeated = False
@@ -147,7 +149,7 @@ def search(
                 study.enqueue_trial(chance.choice(untried))
         trial = _Trial(ready, stored, artifacts, progress)
         # One at a time: stored trials decide before each whether there is to be another.
-        study.optimize(trial, n_trials=1, catch=(TrialError,))
+        _optimize(study, trial)
         stored, repeated = _read(study, configuration), trial.repeated
         progress.trial_finished(stored)
         if isinstance(trial.error, BaselineError):
@@ -237,6 +239,15 @@ class _Trial:
         except OSError as error:
             # The measurement took minutes, and is worth keeping without its picture.
             self._progress.warned(f"no picture in {self._artifacts}: {error.strerror}")
+
+
+def _optimize(study: optuna.Study, trial: _Trial) -> None:
+    """Run one trial."""
+    try:
+        study.optimize(trial, n_trials=1, catch=(TrialError,))
+    except UnboundLocalError as error:
+        # Where the database fails, Optuna 5.0 stumbles in its own clean-up: this hides the cause.
+        raise error.__context__ or error from None
 
 
 def _waiting(study: optuna.Study) -> bool:

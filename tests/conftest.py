@@ -36,8 +36,8 @@ MakeConfiguration = Callable[..., Any]
 def make_pipeline() -> MakePipeline:
     """`make_pipeline(kind="sd", scheduler="DDIMScheduler")`: a pipeline of the caller's own.
 
-    `kind` is "sd" or "sdxl". Its weights are the same at every call, and no two pipelines share
-    a module.
+    `kind` is "sd", "sdxl", "pixart_alpha" or "pixart_sigma". Its weights are the same at every
+    call, and no two pipelines share a module.
     """
     components: dict[str, dict[str, Any]] = {}
 
@@ -45,7 +45,8 @@ def make_pipeline() -> MakePipeline:
         import diffusers
 
         if kind not in components:
-            components[kind] = {"sd": _sd_components, "sdxl": _sdxl_components}[kind]()
+            build = {"sd": _sd_components, "sdxl": _sdxl_components}
+            components[kind] = build.get(kind, _pixart_components)()
         parts = {
             name: copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part
             for name, part in components[kind].items()
@@ -56,8 +57,11 @@ def make_pipeline() -> MakePipeline:
             pipeline = diffusers.StableDiffusionPipeline(
                 **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
             )
-        else:
+        elif kind == "sdxl":
             pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        else:
+            name = {"pixart_alpha": "PixArtAlphaPipeline", "pixart_sigma": "PixArtSigmaPipeline"}
+            pipeline = getattr(diffusers, name[kind])(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -189,6 +193,43 @@ def _sdxl_components() -> dict[str, Any]:
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
         "unet": unet,
+    }
+
+
+def _pixart_components() -> dict[str, Any]:
+    """Two transformer blocks. The tokenizer is CLIP's: T5's own would have to be trained."""
+    from diffusers import PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer = _tokenizer()
+    torch.manual_seed(0)
+    text_encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=TEXT_WIDTH,
+            d_kv=8,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=1,
+            num_heads=2,
+        )
+    ).eval()
+    torch.manual_seed(1)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=TEXT_WIDTH,
+        in_channels=4,
+        out_channels=8,
+        patch_size=2,
+    ).eval()
+    return {
+        "vae": _vae(),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "transformer": transformer,
     }
 
 

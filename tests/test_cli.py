@@ -19,7 +19,7 @@ import torch
 
 import accelsearch
 from accelsearch import cli, objective, study
-from accelsearch.errors import TrialError
+from accelsearch.errors import AccelSearchError, ModelError, StorageError, TrialError
 from accelsearch.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -541,26 +541,57 @@ def test_a_broken_baseline_is_told_stored_and_exit_code_1(
     assert status["outcomes"] == {"interrupted": 1}
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TrialError("all 3 trials failed, the last with out of GPU memory"), 1),
+        (ModelError("scheduler X does not fit"), 2),
+    ],
+)
 def test_a_configuration_that_fails_does_not_keep_the_others_from_being_searched(
-    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    write_plan: WritePlan,
+    monkeypatch: pytest.MonkeyPatch,
+    error: AccelSearchError,
+    code: int,
 ) -> None:
     plain = study.search
 
     def search(configuration: Any, *arguments: Any, **options: Any) -> Any:
         if configuration.steps == 4:
-            raise TrialError("all 3 trials failed, the last with out of GPU memory")
+            raise error
         return plain(configuration, *arguments, **options)
 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(study, "search", search)
     ran = run("bounds", write_plan(steps="[4, 5]"))
-    assert ran.code == 1
-    assert (
-        "accelsearch: sd-DDIM-4-deepcache-clip_score0.9: all 3 trials failed, "
-        "the last with out of GPU memory\n"
-    ) in ran.err
+    assert ran.code == code
+    assert f"accelsearch: sd-DDIM-4-deepcache-clip_score0.9: {error}\n" in ran.err
     assert "5 steps, deepcache" in ran.out
     assert "4 steps" not in ran.out
+
+
+def test_a_storage_that_fails_ends_the_whole_plan(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(*_: Any, **__: Any) -> Any:
+        raise StorageError("storage must stay reachable")
+
+    monkeypatch.setattr(study, "search", search)
+    ran = run("bounds", write_plan(steps="[4, 5]"))
+    assert ran.said_one_line() == "accelsearch: storage must stay reachable\n"
+
+
+def test_export_of_a_plan_leaves_the_studies_of_others_out(run: Run, write_plan: WritePlan) -> None:
+    run("bounds", write_plan(steps="[5]"))
+    plan = write_plan()
+    assert "no study is named 'sd-DDIM-4-" in run("export", plan).said_one_line()
+    run("bounds", plan)
+    exported = run("export", plan, "--out", "exports")
+    assert exported.code == 0, exported.err
+    keys = json.loads(Path("exports/speedup_bounds.json").read_text())
+    assert [literal_eval(key)[2] for key in keys] == ["4"]
+    assert "existing TOML file" in run("export", "none.toml").said_one_line()
 
 
 def test_one_feasible_configuration_of_several_is_a_success(

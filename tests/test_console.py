@@ -126,6 +126,13 @@ def test_plain_progress_writes_one_line_for_each_thing_that_happens(make_study: 
     ]
 
 
+def test_a_warning_is_told_in_both_displays() -> None:
+    for console in (pipe(), terminal()):
+        with progress_on(console) as progress:
+            progress.warned("no picture in [the] folder")
+        assert "  warning: no picture in [the] folder\n" in shown(console)
+
+
 def test_plain_progress_tells_only_what_is_new(make_study: MakeStudy) -> None:
     console = pipe()
     progress = PlainProgress(console)

@@ -274,6 +274,16 @@ def test_a_full_gpu_while_images_are_made_fails_the_trial(
     assert "scoring 0/3" in said
 
 
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="torch has no such error yet")
+def test_a_lost_gpu_ends_the_search_instead_of_failing_trial_after_trial(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nadvice")
+    spoil(monkeypatch, raising(error))
+    with pytest.raises(ModelError, match=r"illegal memory access was encountered; run the same"):
+        bench.measure(FINE)
+
+
 @pytest.mark.parametrize("where", ["load", "score"])
 def test_a_gpu_that_the_scorer_fills_fails_the_trial(
     make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, where: str

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accelsearch.errors import PlanError, UnsupportedError, nearest
 from accelsearch.methods.base import AccelerationMethod, Parameter, Run, Value
 from accelsearch.methods.deepcache import DeepCache
+from accelsearch.methods.tgate import TGate
+from accelsearch.methods.tome import ToMe
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["METHODS", "AccelerationMethod", "Parameter", "Run", "Value", "applied", "get", "split"]
+__all__ = [
+    "METHODS",
+    "AccelerationMethod",
+    "Parameter",
+    "Run",
+    "Value",
+    "applied",
+    "effective",
+    "get",
+    "space",
+    "split",
+    "starts",
+]
 
-# In the order in which they are applied. Names are stored in the RDB and the JSON: never renamed.
+# In the order in which they are applied, from the inside out: what a transformer block computes
+# (its class), what an attention computes (its forward), and which blocks are computed at all. Each
+# is free of what lies inside it. Names are stored in the RDB and the JSON: never renamed.
 METHODS: dict[str, AccelerationMethod] = {
+    "tome": ToMe(),
+    "tgate": TGate(),
     "deepcache": DeepCache(),
 }
 
@@ -30,6 +49,62 @@ def get(name: str) -> AccelerationMethod:
         return METHODS[name]
     except KeyError:
         raise PlanError(f"unknown method {name!r}{nearest(name, METHODS)}") from None
+
+
+def space(
+    pipeline: DiffusionPipeline, methods: Iterable[str], run: Run, freed: Container[str] = ()
+) -> tuple[Parameter, ...]:
+    """What there is to search: the effective parameters of the methods, in METHODS order.
+
+    Of the fixed ones only those that are `freed`. A combination's ranges hold the identities of
+    its methods, so that whatever a part of it reaches, the whole can reach as well.
+
+    Raises PlanError for an unknown method. Presumes that each method's `check` has passed.
+    """
+    chosen = {get(name).name for name in methods}
+    found = [
+        parameter
+        for name, method in METHODS.items()
+        if name in chosen
+        for parameter in method.space(pipeline, run)
+        if not parameter.fixed or parameter.name in freed
+    ]
+    return tuple(one.widened() for one in found) if len(chosen) > 1 else tuple(found)
+
+
+def starts(space: Sequence[Parameter]) -> list[dict[str, Value]]:
+    """Settings to begin a search of `space` with: all defaults, then each method's alone.
+
+    A sampler rarely meets the identities of all other methods at once, and a combination may be
+    no better than one of its parts. A method that the space keeps from its identity stays on.
+    """
+    everything = {parameter.name: parameter.default for parameter in space}
+    found = [everything]
+    by_method = _by_method(space)
+    for name in by_method:
+        idle = {
+            parameter.name: parameter.identity
+            for other, parameters in by_method.items()
+            if other != name
+            for parameter in parameters
+            if parameter.identity is not None and parameter.holds_identity
+        }
+        alone = effective(space, everything | idle)
+        if alone not in found:
+            found.append(alone)
+    return found
+
+
+def effective(space: Sequence[Parameter], params: Mapping[str, Value]) -> dict[str, Value]:
+    """The same setting under one name: with a method at its identity, its other params at default.
+
+    Two settings whose effective params are equal make the same images with the same work.
+    """
+    found = dict(params)
+    for parameters in _by_method(space).values():
+        if _is_idle(parameters, params):
+            found |= {one.name: one.default for one in parameters if one.identity is None}
+    return found
 
 
 def split(params: Mapping[str, Value], methods: Iterable[str]) -> dict[str, dict[str, Value]]:
@@ -67,7 +142,8 @@ def applied(
     """Accelerate the pipeline by all the methods until the exit, which restores it exactly.
 
     `params` is flat; what it leaves out takes its default on this pipeline. Methods are
-    applied in METHODS order and undone last in, first out.
+    applied in METHODS order and undone last in, first out. One at its identity is not applied:
+    it would change nothing, and at a cost.
 
     Raises, before anything is patched, what `split` raises, and UnsupportedError if a method
     cannot serve the pipeline or a value makes no difference on it.
@@ -76,18 +152,37 @@ def applied(
     settings: dict[str, dict[str, Value]] = {}
     for name, given in by_method.items():
         METHODS[name].check(pipeline, run)
-        space = METHODS[name].space(pipeline, run)
-        for parameter in space:
-            value = given.get(parameter.name, parameter.default)
+        parameters = METHODS[name].space(pipeline, run)
+        values = {one.name: given.get(one.name, one.default) for one in parameters}
+        for parameter in parameters:
+            value = values[parameter.name]
             if not parameter.accepts(value):
                 raise UnsupportedError(
                     f"{parameter.name} must be in {parameter.range} for this "
                     f"{type(pipeline).__name__} and {run.steps} steps, got {value!r}"
                 )
-        settings[name] = {
-            parameter.name: given.get(parameter.name, parameter.default) for parameter in space
-        }
+        if not _is_idle(parameters, values):
+            settings[name] = values
+    marked = [METHODS[name].full_steps(values) for name, values in settings.items()]
+    run = replace(run, full_steps=run.full_steps.union(*marked))
     with ExitStack() as stack:
         for name, values in settings.items():
             stack.enter_context(METHODS[name].apply(pipeline, values, run))
         yield
+
+
+def _by_method(space: Sequence[Parameter]) -> dict[str, list[Parameter]]:
+    by_name = {parameter.name: parameter for parameter in space}
+    found = {
+        name: [by_name[one.name] for one in method.parameters if one.name in by_name]
+        for name, method in METHODS.items()
+    }
+    return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def _is_idle(parameters: Iterable[Parameter], values: Mapping[str, Value]) -> bool:
+    """Whether a method with these parameters and values changes nothing."""
+    identities = {one.name: one.identity for one in parameters if one.identity is not None}
+    return bool(identities) and all(
+        values[name] == identity for name, identity in identities.items()
+    )

@@ -23,8 +23,9 @@ class Parameter:
 
     `int` and `float` span `low..high`, both included; `step` is 1 for an int that names none, and
     a float without a step is continuous. `choice` lists its values, all of one type. `identity`
-    is the value at which the method changes nothing: accepted always, worth searching never, so
-    it need not lie in the range.
+    is the value at which the method changes nothing, together with the identities of its other
+    parameters: accepted always, and worth searching only in a combination, so it need not lie in
+    the range. A `fixed` parameter keeps its default unless a plan frees it.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -40,6 +41,7 @@ class Parameter:
     step: int | float | None = None
     choices: tuple[Value, ...] = ()
     identity: Value | None = None
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == "choice":
@@ -93,7 +95,7 @@ class Parameter:
             text = f"{self.low}..{self.high}"
             if self.step is not None:
                 text += f" in steps of {self.step}"
-        if self.identity is not None and not self._in_range(self.identity):
+        if self.identity is not None and not self.holds_identity:
             text += f" or {self.identity!r}"
         return text
 
@@ -108,6 +110,31 @@ class Parameter:
         return replace(
             self, kind="choice", low=None, high=None, step=None, choices=choices, default=default
         )
+
+    @property
+    def holds_identity(self) -> bool:
+        """Whether there is an identity, and it lies in the range."""
+        return self.identity is not None and self._in_range(self.identity)
+
+    def widened(self) -> Parameter:
+        """The same parameter on a range that holds its identity; a continuous one is stretched."""
+        identity, values = self.identity, self.values()
+        if identity is None or self.holds_identity:
+            return self
+        if self.kind == "choice":
+            return replace(self, choices=(identity, *self.choices))
+        assert isinstance(identity, int | float)
+        assert self.low is not None
+        assert self.high is not None
+        if values is None:
+            return replace(self, low=min(self.low, identity), high=max(self.high, identity))
+        step, last = self.step or 1, values[-1]
+        assert isinstance(last, int | float)
+        if math.isclose(self.low - identity, step):
+            return replace(self, low=identity)
+        if math.isclose(identity - last, step):
+            return replace(self, high=identity)
+        return self.among((identity, *values))
 
     def _in_range(self, value: Any) -> bool:
         finite = self.values()
@@ -125,7 +152,10 @@ class Run:
     """The facts of the pipeline calls that follow, as far as a method may need them.
 
     `batch_size` counts images (guidance doubles it inside), `height` and `width` are in
-    pixels, `scheduler` is a class name, `seed` is that of the configuration.
+    pixels, `scheduler` is a class name, `seed` is that of the configuration. A method that keeps
+    activations from step to step must drop them before each of the `full_steps` and compute that
+    step in full: another method changes there what passes through the denoiser. They are counted
+    as `CallSteps.step` counts.
     """
 
     steps: int
@@ -135,12 +165,14 @@ class Run:
     width: int
     scheduler: str
     seed: int
+    full_steps: frozenset[int] = frozenset()
 
 
 class AccelerationMethod(Protocol):
     """A way to make a pipeline faster that can be undone completely.
 
-    Anything in METHODS is held to this by tests/methods/test_contract.py.
+    Anything in METHODS is held to this by tests/methods/test_contract.py. A class that inherits
+    from it need not say that it has no `full_steps`.
     """
 
     @property
@@ -173,6 +205,10 @@ class AccelerationMethod(Protocol):
         made inside; each behaves as the first. Raises what `check` raises, before it patches.
         """
 
+    def full_steps(self, params: Mapping[str, Value]) -> frozenset[int]:
+        """The steps before which other methods must forget what they keep: see `Run.full_steps`."""
+        return frozenset()
+
     def implementation(self) -> str:
         """What runs, with its version, such as `DeepCache 0.1.1 DeepCacheSDHelper`."""
 
@@ -200,3 +236,18 @@ class CallSteps:
             self._timesteps = timesteps
             self._index = 0
         return self._index
+
+    @property
+    def step(self) -> int:
+        """The index of the last call counted, less the calls by which a scheduler starts itself.
+
+        PNDM makes one or more such calls; in them this is negative.
+        """
+        scheduler: Any = self._pipeline.scheduler
+        regular: int = scheduler.num_inference_steps * scheduler.order
+        return self._index - max(len(scheduler.timesteps) - regular, 0)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last call counted is the last of the pipeline call."""
+        return self._index == len(self._pipeline.scheduler.timesteps) - 1

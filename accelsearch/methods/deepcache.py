@@ -13,11 +13,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from accelsearch.errors import UnsupportedError
-from accelsearch.methods.base import CallSteps, Parameter, Run, Value
+from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Run, Value
+from accelsearch.methods.patching import denoiser_of, forward_is_from, restored_forwards
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _LAYERS = 3  # the library reads a branch id as block * 3 + layer, whatever the UNet
 
 _INTERVAL = Parameter(
@@ -41,7 +43,7 @@ _BRANCH = Parameter(
 )
 
 
-class DeepCache:
+class DeepCache(AccelerationMethod):
     """DeepCache for StableDiffusionPipeline and StableDiffusionXLPipeline.
 
     A step is computed in full if its index is a multiple of `cache_interval`. The index is the
@@ -56,23 +58,7 @@ class DeepCache:
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:
         """Raise UnsupportedError unless the pipeline is an SD or SDXL with an unpatched UNet."""
-        from diffusers import (
-            StableDiffusionPipeline,
-            StableDiffusionXLPipeline,
-            UNet2DConditionModel,
-        )
-
-        if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
-            raise UnsupportedError(
-                "deepcache needs a StableDiffusionPipeline or a StableDiffusionXLPipeline, got "
-                f"{type(pipeline).__name__}; remove deepcache from methods for this pipeline"
-            )
-        unet = pipeline.unet
-        if not isinstance(unet, UNet2DConditionModel):
-            raise UnsupportedError(
-                f"deepcache needs a UNet2DConditionModel as unet, got {type(unet).__name__}; "
-                "apply deepcache before the unet is compiled or wrapped"
-            )
+        unet = denoiser_of(pipeline, self.name, _SERVED)
         samplers = ((unet.down_blocks, "downsamplers"), (unet.up_blocks, "upsamplers"))
         if unet.mid_block is None or not all(
             hasattr(block, "resnets") and hasattr(block, sampler)
@@ -84,7 +70,7 @@ class DeepCache:
                 f"{unet.config.down_block_types} and mid block {unet.config.mid_block_type}; "
                 "remove deepcache from methods for this model"
             )
-        if any(_comes_from_deepcache(module) for module in unet.modules()):
+        if any(forward_is_from("DeepCache", module) for module in unet.modules()):
             raise UnsupportedError(
                 "deepcache must not be enabled already, but this unet's forward is DeepCache's; "
                 "call disable() on its helper first, or load the pipeline again"
@@ -110,44 +96,40 @@ class DeepCache:
         from DeepCache import DeepCacheSDHelper
 
         unet = pipeline.unet
-        # The helper's disable() leaves the old forwards behind as instance attributes. Some
-        # modules may have had one before (accelerate's hooks): those are put back.
-        forwards = {module: module.__dict__.get("forward") for module in unet.modules()}
         helper = DeepCacheSDHelper(pipe=pipeline)
         helper.set_params(
             cache_interval=params["cache_interval"], cache_branch_id=params["cache_branch_id"]
         )
-        try:
-            helper.enable()
-            # In place of the helper's own wrapper, which looks the step up with .item(), a GPU
-            # synchronisation at every step, and keeps its state from one call to the next.
-            unet.forward = _forward(pipeline, helper, helper.function_dict["unet_forward"])
-            yield
-        finally:
-            for module, forward in forwards.items():
-                if forward is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = forward
-            helper.reset_states()
+        # The helper's disable() leaves the old forwards behind as instance attributes.
+        with restored_forwards(unet.modules()):
+            try:
+                helper.enable()
+                # In place of the helper's own wrapper, which looks the step up with .item(), a GPU
+                # synchronisation at every step, and keeps its state from one call to the next.
+                unet.forward = _forward(pipeline, helper, run)
+                yield
+            finally:
+                helper.reset_states()
 
     def implementation(self) -> str:
         """The library, its version, and the class of it that runs."""
         return f"DeepCache {version('DeepCache')} DeepCacheSDHelper"
 
 
-def _forward(pipeline: DiffusionPipeline, helper: Any, unet_forward: Any) -> Any:
-    """The UNet's forward that tells the helper its step, and empties it before each call."""
+def _forward(pipeline: DiffusionPipeline, helper: Any, run: Run) -> Any:
+    """The UNet's forward that tells the helper its step, and empties it where it must be."""
     steps = CallSteps(pipeline)
     library_index: list[int] = []
+    unet_forward = helper.function_dict["unet_forward"]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        step = steps.advance()
-        if step == 0:
+        index = steps.advance()
+        if index == 0:
             library_index[:] = _library_index(pipeline.scheduler)
+        if index == 0 or steps.step in run.full_steps:
             helper.start_timestep = None
             helper.cached_output.clear()  # before this step allocates its own
-        helper.cur_timestep = library_index[step]
+        helper.cur_timestep = library_index[index]
         return unet_forward(*args, **kwargs)
 
     return forward
@@ -192,8 +174,3 @@ def _narrowed(parameter: Parameter, values: tuple[int, ...]) -> Parameter:
     if values == tuple(range(values[0], values[-1] + 1)):
         return parameter.within(values[0], values[-1])
     return parameter.among(values)
-
-
-def _comes_from_deepcache(module: Any) -> bool:
-    forward = module.__dict__.get("forward")
-    return str(getattr(forward, "__module__", "")).startswith("DeepCache")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from accelsearch.errors import PlanError, UnsupportedError
-from accelsearch.methods import METHODS, applied, get, split
+from accelsearch.methods import METHODS, applied, effective, get, space, split, starts
 from accelsearch.methods.base import CallSteps, Parameter, Run
 
 RUN = Run(steps=4, guidance_scale=4.0, batch_size=1, height=32, width=32, scheduler="DDIM", seed=0)
@@ -39,7 +39,11 @@ class Recorder:
 
     def __init__(self, name: str, log: list[str], refuses: bool = False) -> None:
         self.name = name
-        self.parameters = (whole(f"{name}_level", low=0, identity=0),)
+        self.parameters = (
+            whole(f"{name}_level", low=0, identity=0),
+            whole(f"{name}_width", fixed=True),
+        )
+        self.run: Run | None = None
         self._log = log
         self._refuses = refuses
 
@@ -49,13 +53,17 @@ class Recorder:
             raise UnsupportedError(f"{self.name} refuses")
 
     def space(self, pipeline: Any, run: Run) -> tuple[Parameter, ...]:
-        return (self.parameters[0].within(1, 3),)
+        return (self.parameters[0].within(1, 3), self.parameters[1])
 
     @contextmanager
     def apply(self, pipeline: Any, params: Mapping[str, Any], run: Run) -> Iterator[None]:
-        self._log.append(f"apply {self.name} {dict(params)}")
+        self.run = run
+        self._log.append(f"apply {self.name} {list(params.values())}")
         yield
         self._log.append(f"undo {self.name}")
+
+    def full_steps(self, params: Mapping[str, Any]) -> frozenset[int]:
+        return frozenset({params[f"{self.name}_level"]})
 
     def implementation(self) -> str:
         return self.name
@@ -103,7 +111,7 @@ def test_every_library_is_an_installed_distribution_named_in_the_implementation(
 
 
 def test_importing_the_methods_imports_neither_torch_nor_a_diffusion_library() -> None:
-    heavy = "{'torch', 'diffusers', 'transformers', 'DeepCache', 'numpy'}"
+    heavy = "{'torch', 'diffusers', 'transformers', 'DeepCache', 'tgate', 'tomesd', 'numpy'}"
     code = f"import sys, accelsearch.methods; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -154,8 +162,8 @@ def test_applied_fills_defaults_applies_in_order_and_undoes_last_in_first_out(
     assert log == [
         "check first",
         "check second",
-        "apply first {'first_level': 3}",
-        "apply second {'second_level': 2}",
+        "apply first [3, 2]",
+        "apply second [2, 2]",
         "body",
         "undo second",
         "undo first",
@@ -171,7 +179,7 @@ def test_applied_applies_nothing_when_one_method_refuses(log: list[str]) -> None
     assert log == ["check first", "check refuser"]
 
 
-def test_applied_refuses_a_value_without_effect_but_takes_the_identity(log: list[str]) -> None:
+def test_applied_refuses_a_value_without_effect(log: list[str]) -> None:
     with (
         pytest.raises(
             UnsupportedError, match=r"first_level must be in 1\.\.3 or 0 for this object"
@@ -180,8 +188,63 @@ def test_applied_refuses_a_value_without_effect_but_takes_the_identity(log: list
     ):
         pytest.fail("the body must not run")
     assert log == ["check first"]
-    with applied(object(), {"first_level": 0}, ["first"], RUN):
-        assert log[-1] == "apply first {'first_level': 0}"
+
+
+def test_applied_leaves_a_method_at_its_identity_out(log: list[str]) -> None:
+    with applied(object(), {"first_level": 0, "first_width": 4}, ["first", "second"], RUN):
+        pass
+    assert log == ["check first", "check second", "apply second [2, 2]", "undo second"]
+
+
+def test_applied_tells_each_method_the_full_steps_of_all_that_are_applied(log: list[str]) -> None:
+    second: Any = METHODS["second"]
+    with applied(object(), {"first_level": 3}, ["first", "second"], RUN):
+        assert second.run.full_steps == {3, 2}
+    with applied(object(), {"first_level": 0}, ["first", "second"], RUN):
+        assert second.run.full_steps == {2}
+
+
+def test_space_lists_the_parameters_in_order_and_fixed_ones_only_where_freed(
+    log: list[str],
+) -> None:
+    alone = space(object(), ["first"], RUN)
+    assert [(one.name, one.range) for one in alone] == [("first_level", "1..3 or 0")]
+    freed = space(object(), ["first"], RUN, freed=["first_width"])
+    assert [one.name for one in freed] == ["first_level", "first_width"]
+    with pytest.raises(PlanError, match="unknown method 'frist'"):
+        space(object(), ["frist"], RUN)
+
+
+def test_the_space_of_a_combination_holds_the_identities(log: list[str]) -> None:
+    both = space(object(), ["second", "first"], RUN)
+    assert [(one.name, one.range) for one in both] == [
+        ("first_level", "0..3"),
+        ("second_level", "0..3"),
+    ]
+
+
+def test_a_search_starts_with_the_defaults_and_with_each_method_alone(log: list[str]) -> None:
+    assert starts(space(object(), ["first", "second"], RUN)) == [
+        {"first_level": 2, "second_level": 2},
+        {"first_level": 2, "second_level": 0},
+        {"first_level": 0, "second_level": 2},
+    ]
+    assert starts(space(object(), ["first"], RUN)) == [{"first_level": 2}]
+    assert starts(()) == [{}]
+
+
+def test_a_search_starts_with_no_identity_that_its_plan_excludes(log: list[str]) -> None:
+    first, second = space(object(), ["first", "second"], RUN)
+    assert starts((first, second.among((3,)))) == [
+        {"first_level": 2, "second_level": 3},
+        {"first_level": 0, "second_level": 3},
+    ]
+
+
+def test_what_a_method_at_its_identity_ignores_makes_no_other_setting(log: list[str]) -> None:
+    both = space(object(), ["first", "second"], RUN, freed=["first_width", "second_width"])
+    idle = {"first_level": 0, "first_width": 5, "second_level": 1, "second_width": 4}
+    assert effective(both, idle) == {**idle, "first_width": 2}
 
 
 def test_applied_without_methods_leaves_the_pipeline_alone(
@@ -285,6 +348,34 @@ def test_a_narrowed_parameter_keeps_a_default_in_its_range() -> None:
     assert whole(default=2).among((0, 2)).default == 2
 
 
+@pytest.mark.parametrize(
+    ("parameter", "values"),
+    [
+        (whole(), (1, 2, 3, 4, 5)),
+        (whole(identity=1), (1, 2, 3, 4, 5)),
+        (whole(identity=0), (0, 1, 2, 3, 4, 5)),
+        (whole(identity=6), (1, 2, 3, 4, 5, 6)),
+        (whole(identity=9), (9, 1, 2, 3, 4, 5)),
+        (whole(low=2, high=9, step=3, identity=11), (2, 5, 8, 11)),
+        (whole(low=2, high=8, step=3, identity=0), (0, 2, 5, 8)),
+        (
+            whole(kind="float", default=0.5, low=0.25, high=0.75, step=0.25, identity=0.0),
+            (0.0, 0.25, 0.5, 0.75),
+        ),
+        (whole(kind="float", default=0.5, low=0.25, high=0.75, identity=0.0), None),
+        (whole(kind="choice", default="a", choices=("a", "b"), identity="c"), ("c", "a", "b")),
+    ],
+)
+def test_a_widened_parameter_holds_its_identity(
+    parameter: Parameter, values: tuple[Any, ...] | None
+) -> None:
+    widened = parameter.widened()
+    assert widened.values() == values
+    assert widened.default == parameter.default
+    assert widened.holds_identity == (parameter.identity is not None)
+    assert widened.widened() == widened
+
+
 def schedulers() -> list[str]:
     """Every scheduler that diffusers declares to fit an SD pipeline, and LCM's kind."""
     from diffusers import DDIMScheduler
@@ -305,13 +396,19 @@ def test_call_steps_count_the_steps_of_each_call_with_every_scheduler(name: str)
     sample = torch.zeros(1, 4, 8, 8)
     scheduler.set_timesteps(5)
     for _ in range(2):
-        counted = []
+        counted, regular, last = [], [], []
         for timestep in scheduler.timesteps:
             counted.append(steps.advance())
+            regular.append(steps.step)
+            last.append(steps.is_last)
             scheduler.scale_model_input(sample, timestep)
             scheduler.step(sample, timestep, sample)
         assert counted == list(range(len(scheduler.timesteps)))
         assert len(counted) >= 5
+        # Counted so that the last of five regular steps has index 4, whatever came before.
+        assert scheduler.order == 2 or regular[-5:] == list(range(5))
+        assert regular[0] <= 0
+        assert last == [False] * (len(counted) - 1) + [True]
         scheduler.set_timesteps(5)
     assert steps.advance() == 0
     assert steps.advance() == 1
