@@ -193,7 +193,7 @@ def _name(configuration: Configuration) -> str:
     methods = "+".join(configuration.methods) or "no method"
     model = configuration.model.rstrip("/").rsplit("/", 1)[-1]
     scheduler = configuration.scheduler.removesuffix("Scheduler")
-    return f"{model}, {scheduler}\n{configuration.steps} steps, {methods}"
+    return f"{model}\n{scheduler}\n{configuration.steps} steps\n{methods}"
 
 
 def _baseline(study: StoredStudy) -> str:

@@ -309,7 +309,7 @@ def test_every_study_of_the_repository_loads(path: Path) -> None:
 def test_the_demo_is_the_bundled_model_on_any_device() -> None:
     (cell,) = load_plan(ROOT / "studies" / "shapes-demo.toml").configurations()
     assert cell.slug == "shapes-DDIM-20-deepcache-clip_score0.02"
-    assert (cell.model, cell.device, cell.images, cell.batch_size) == ("shapes", "auto", 24, 1)
+    assert (cell.model, cell.device, cell.images, cell.batch_size) == ("shapes", "auto", 16, 1)
 
 
 # Identities
