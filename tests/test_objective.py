@@ -213,7 +213,8 @@ def test_unusable_images_fail_the_trial_and_leave_no_trace(
     warmup: int,
 ) -> None:
     # Without a warm-up no image of the timing is looked at: scoring must find the fault.
-    bench = make_bench(latency=LatencySettings(min_pairs=1, max_pairs=1, warmup=warmup))
+    timing = LatencySettings(min_pairs=1, max_pairs=1, warmup=warmup)
+    bench = make_bench(latency=timing, prompts=("a red circle",))
     before = bench.measure(FINE)
     with monkeypatch.context() as patch:
         spoil(patch, fault)
