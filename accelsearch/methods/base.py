@@ -6,7 +6,7 @@ Cheap to import: neither torch nor a diffusion library is needed to read a metho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Value = int | float | bool | str
+
+Phase = Callable[[], Hashable]
+"""What a method makes of the denoiser's call under way, told once its forward pre-hooks have run.
+
+In two calls of equal phases the method does the same work, on tensors of the same shapes.
+"""
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,8 @@ class Run:
     pixels, `scheduler` is a class name, `seed` is that of the configuration. A method that keeps
     activations from step to step must drop them before each of the `full_steps` and compute that
     step in full: another method changes there what passes through the denoiser. They are counted
-    as `CallSteps.step` counts.
+    as `CallSteps.step` counts. `phases` are those of the methods already applied; None stands for
+    one that does not tell its phase.
     """
 
     steps: int
@@ -166,13 +173,14 @@ class Run:
     scheduler: str
     seed: int
     full_steps: frozenset[int] = frozenset()
+    phases: tuple[Phase | None, ...] = ()
 
 
 class AccelerationMethod(Protocol):
     """A way to make a pipeline faster that can be undone completely.
 
     Anything in METHODS is held to this by tests/methods/test_contract.py. A class that inherits
-    from it need not say that it has no `full_steps`.
+    from it need not say that it is not `exact`, has no `full_steps` and holds no memory.
     """
 
     @property
@@ -184,8 +192,17 @@ class AccelerationMethod(Protocol):
         """Every parameter on its widest range; names are unique over all methods."""
 
     @property
+    def pipelines(self) -> tuple[str, ...]:
+        """The class names of the pipelines that it can serve; `check` decides in each case."""
+
+    @property
     def libraries(self) -> tuple[str, ...]:
-        """The distributions whose version decides what the method does."""
+        """The distributions whose version decides what the method does, beside torch's."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes the same images in less time, up to rounding."""
+        return False
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:
         """Raise UnsupportedError, naming the remedy, if the pipeline cannot be served.
@@ -198,16 +215,22 @@ class AccelerationMethod(Protocol):
 
     def apply(
         self, pipeline: DiffusionPipeline, params: Mapping[str, Value], run: Run
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Phase | None]:
         """Accelerate the pipeline until the exit, which restores it exactly, whatever happened.
 
         `params` holds a value for each of the method's parameters. Any number of calls may be
-        made inside; each behaves as the first. Raises what `check` raises, before it patches.
+        made inside; each behaves as the first. The context's value tells the method's phase.
+        With None the denoiser's work cannot be captured, since nobody knows when it changes.
+        Raises what `check` raises, before it patches.
         """
 
     def full_steps(self, params: Mapping[str, Value]) -> frozenset[int]:
         """The steps before which other methods must forget what they keep: see `Run.full_steps`."""
         return frozenset()
+
+    def held_bytes(self, pipeline: DiffusionPipeline) -> int:
+        """The GPU memory that it holds for the pipeline while it is not applied."""
+        return 0
 
     def implementation(self) -> str:
         """What runs, with its version, such as `DeepCache 0.1.1 DeepCacheSDHelper`."""
@@ -243,9 +266,14 @@ class CallSteps:
 
         PNDM makes one or more such calls; in them this is negative.
         """
+        return self._index - self.extra
+
+    @property
+    def extra(self) -> int:
+        """The number of calls by which the scheduler starts itself."""
         scheduler: Any = self._pipeline.scheduler
         regular: int = scheduler.num_inference_steps * scheduler.order
-        return self._index - max(len(scheduler.timesteps) - regular, 0)
+        return max(len(scheduler.timesteps) - regular, 0)
 
     @property
     def is_last(self) -> bool:

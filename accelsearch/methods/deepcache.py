@@ -1,8 +1,11 @@
 """DeepCache: compute the deep part of a UNet only every so many steps, and reuse it in between.
 
 Source: Ma, Fang and Wang, "DeepCache: Accelerating Diffusion Models for Free", CVPR 2024,
-arXiv:2312.00858. The caching is that of the authors' `DeepCacheSDHelper`; what is added here is
-what serving needs: its state never outlives a call, and the pipeline is restored exactly.
+arXiv:2312.00858. The steps that are skipped and the features that are reused are those of the
+authors' `DeepCacheSDHelper`, and so are the images. The helper puts a wrapper around every layer,
+keeps the output of each, and asks the GPU for the timestep at every step. Here a step that reuses
+runs the UNet's own code with the skipped layers out of its lists: nothing waits for the GPU, one
+tensor is kept, and the layers can be compiled and the steps captured.
 """
 
 from __future__ import annotations
@@ -10,16 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelsearch.errors import UnsupportedError
-from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Run, Value
-from accelsearch.methods.patching import denoiser_of, forward_is_from, restored_forwards
+from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Phase, Run, Value
+from accelsearch.methods.patching import Kept, denoiser_of, forward_is_from, kept_of, restored
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _LAYERS = 3  # the library reads a branch id as block * 3 + layer, whatever the UNet
 
 _INTERVAL = Parameter(
@@ -54,11 +56,12 @@ class DeepCache(AccelerationMethod):
 
     name = "deepcache"
     parameters = (_INTERVAL, _BRANCH)
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     libraries = ("DeepCache",)
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:
         """Raise UnsupportedError unless the pipeline is an SD or SDXL with an unpatched UNet."""
-        unet = denoiser_of(pipeline, self.name, _SERVED)
+        unet = denoiser_of(pipeline, self.name, self.pipelines)
         samplers = ((unet.down_blocks, "downsamplers"), (unet.up_blocks, "upsamplers"))
         if unet.mid_block is None or not all(
             hasattr(block, "resnets") and hasattr(block, sampler)
@@ -70,7 +73,11 @@ class DeepCache(AccelerationMethod):
                 f"{unet.config.down_block_types} and mid block {unet.config.mid_block_type}; "
                 "remove deepcache from methods for this model"
             )
-        if any(forward_is_from("DeepCache", module) for module in unet.modules()):
+        if any(
+            forward_is_from(package, module)
+            for module in unet.modules()
+            for package in ("DeepCache", __name__)
+        ):
             raise UnsupportedError(
                 "deepcache must not be enabled already, but this unet's forward is DeepCache's; "
                 "call disable() on its helper first, or load the pipeline again"
@@ -90,49 +97,142 @@ class DeepCache(AccelerationMethod):
     @contextmanager
     def apply(
         self, pipeline: DiffusionPipeline, params: Mapping[str, Value], run: Run
-    ) -> Iterator[None]:
+    ) -> Iterator[Phase]:
         """Accelerate the pipeline until the exit, which restores every module's own forward."""
         self.check(pipeline, run)
-        from DeepCache import DeepCacheSDHelper
-
         unet = pipeline.unet
-        helper = DeepCacheSDHelper(pipe=pipeline)
-        helper.set_params(
-            cache_interval=params["cache_interval"], cache_branch_id=params["cache_branch_id"]
-        )
-        # The helper's disable() leaves the old forwards behind as instance attributes.
-        with restored_forwards(unet.modules()):
+        interval, branch = int(params["cache_interval"]), int(params["cache_branch_id"])
+        cut, kept, steps = _cut(unet, branch), kept_of(unet), CallSteps(pipeline)
+        computed: list[bool] = []
+        is_full = True
+
+        def begin(_: Any, __: Any) -> None:
+            nonlocal is_full
+            index = steps.advance()
+            if index == 0:
+                kept.drop()
+                forced = {step + steps.extra for step in run.full_steps}
+                computed[:] = _computed(pipeline.scheduler, interval, forced)
+            is_full = computed[index]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if is_full:
+                return unet_forward(*args, **kwargs)
+            with cut.made(kept):
+                return unet_forward(*args, **kwargs)
+
+        beginning = unet.register_forward_pre_hook(begin)
+        with restored((unet, cut.source), "forward"):
             try:
-                helper.enable()
-                # In place of the helper's own wrapper, which looks the step up with .item(), a GPU
-                # synchronisation at every step, and keeps its state from one call to the next.
-                unet.forward = _forward(pipeline, helper, run)
-                yield
+                unet_forward = unet.forward
+                unet.forward = forward
+                cut.source.forward = _kept_output(cut.source, kept)
+                yield lambda: (branch, is_full)
             finally:
-                helper.reset_states()
+                beginning.remove()
+                kept.drop()
 
     def implementation(self) -> str:
-        """The library, its version, and the class of it that runs."""
-        return f"DeepCache {version('DeepCache')} DeepCacheSDHelper"
+        """What runs, and the library that it computes the same images as."""
+        return f"accelsearch's DeepCacheSDHelper of DeepCache {version('DeepCache')}"
 
 
-def _forward(pipeline: DiffusionPipeline, helper: Any, run: Run) -> Any:
-    """The UNet's forward that tells the helper its step, and empties it where it must be."""
-    steps = CallSteps(pipeline)
-    library_index: list[int] = []
-    unet_forward = helper.function_dict["unet_forward"]
+class _Cut(NamedTuple):
+    """Where a branch cuts a UNet in two.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        index = steps.advance()
-        if index == 0:
-            library_index[:] = _library_index(pipeline.scheduler)
-        if index == 0 or steps.step in run.full_steps:
-            helper.start_timestep = None
-            helper.cached_output.clear()  # before this step allocates its own
-        helper.cur_timestep = library_index[index]
-        return unet_forward(*args, **kwargs)
+    `source` is the last module that a step skips: its output is the feature that is reused, in
+    the place of the mid block's. `lists` are the modules' children that a step computes which
+    skips the rest.
+    """
 
-    return forward
+    unet: Any
+    source: Any
+    lists: tuple[tuple[Any, dict[str, Any]], ...]  # module, and what replaces its children
+
+    @contextmanager
+    def made(self, kept: Kept) -> Iterator[None]:
+        """The UNet without its deep part, which computes from the kept feature upwards."""
+        before = [(module, dict(module._modules)) for module, _ in self.lists]
+        mid_block = self.unet.mid_block
+        with restored((mid_block,), "forward"):
+            try:
+                mid_block.forward = lambda sample, *_, **__: kept[_key(sample)]
+                for module, children in self.lists:
+                    module._modules.update(children)
+                yield
+            finally:
+                for module, own in before:
+                    module._modules.update(own)
+
+
+def _cut(unet: Any, branch: int) -> _Cut:
+    """The cut of this branch, as `DeepCacheSDHelper` numbers them.
+
+    Block b counts from the outside, layer l within it. Computed are the blocks before b, the
+    first l layers of down block b, and the last l + 1 of the up block on the same level, which
+    take just those layers' outputs by skip connections.
+    """
+    from torch.nn import ModuleList
+
+    block, layer = divmod(branch, _LAYERS)
+    first_up = len(unet.up_blocks) - 1 - block
+    down, up = unet.down_blocks[block], unet.up_blocks[first_up]
+    first_layer = len(up.resnets) - 1 - layer
+
+    def some(module: Any, part: slice) -> dict[str, Any]:
+        lists = ("resnets", "attentions")
+        return {
+            name: ModuleList(list(module._modules[name])[part])
+            for name in lists
+            if module._modules.get(name) is not None
+        }
+
+    lists = (
+        (
+            unet,
+            {
+                "down_blocks": ModuleList(list(unet.down_blocks)[: block + 1]),
+                "up_blocks": ModuleList(list(unet.up_blocks)[first_up:]),
+            },
+        ),
+        (down, some(down, slice(layer)) | ({"downsamplers": None} if down.downsamplers else {})),
+        (up, some(up, slice(first_layer, None))),
+    )
+    if first_layer > 0:
+        layers = getattr(up, "attentions", None) or up.resnets
+        return _Cut(unet, layers[first_layer - 1], lists)
+    return _Cut(unet, unet.up_blocks[first_up - 1] if first_up > 0 else unet.mid_block, lists)
+
+
+def _kept_output(module: Any, kept: Kept) -> Any:
+    """The module's forward that keeps its output."""
+    forward = module.forward
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        feature = output[0] if isinstance(output, tuple) else output
+        kept[_key(feature)] = feature
+        return output
+
+    return keeping
+
+
+def _key(sample: Any) -> tuple[str, int]:
+    """By the batch, since T-GATE halves it from some step on."""
+    return ("deepcache", len(sample))
+
+
+def _computed(scheduler: Any, interval: int, forced: set[int]) -> list[bool]:
+    """Whether each of the denoiser's calls computes the whole UNet.
+
+    The interval counts from the first call, and anew from each that is forced.
+    """
+    found, start = [], 0
+    for call, index in enumerate(_library_index(scheduler)):
+        if call == 0 or call in forced:
+            start = index
+        found.append((index - start) % interval == 0)
+    return found
 
 
 def _library_index(scheduler: Any) -> list[int]:

@@ -15,23 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from accelsearch.errors import UnsupportedError
-from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Run, Value
-from accelsearch.methods.patching import denoiser_of, forward_is_from, restored_forwards
+from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Phase, Run, Value
+from accelsearch.methods.patching import (
+    Kept,
+    denoiser_of,
+    forward_is_from,
+    kept_of,
+    map_tensors,
+    restored,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_SERVED = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "PixArtAlphaPipeline",
-    "PixArtSigmaPipeline",
-)
 _GATED_SHARE = 0.4  # of the steps: the authors' 10 of 25
 
 _GATE = Parameter(
@@ -84,11 +85,17 @@ class TGate(AccelerationMethod):
 
     name = "tgate"
     parameters = (_GATE, _PLANNING, _FIDELITY, _WARM_UP)
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "PixArtAlphaPipeline",
+        "PixArtSigmaPipeline",
+    )
     libraries = ("tgate",)
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:
         """Raise UnsupportedError unless the library would serve these calls, and has not yet."""
-        denoiser = denoiser_of(pipeline, self.name, _SERVED)
+        denoiser = denoiser_of(pipeline, self.name, self.pipelines)
         from diffusers import PixArtAlphaPipeline, PNDMScheduler
 
         scheduler = pipeline.scheduler
@@ -146,7 +153,7 @@ class TGate(AccelerationMethod):
     @contextmanager
     def apply(
         self, pipeline: DiffusionPipeline, params: Mapping[str, Value], run: Run
-    ) -> Iterator[None]:
+    ) -> Iterator[Phase]:
         """Accelerate the pipeline until the exit, which restores every module's own forward."""
         self.check(pipeline, run)
         if int(params["gate_step"]) < 1:
@@ -154,14 +161,24 @@ class TGate(AccelerationMethod):
                 f"gate_step must be >= 1, got {params['gate_step']}: the step before the gate is "
                 "the one whose cross-attention is kept"
             )
-        denoiser = denoiser_of(pipeline, self.name, _SERVED)
-        attentions = _attentions(denoiser)
-        with restored_forwards((denoiser, *attentions)):
-            gate = _Gate()
-            for attention in attentions:
-                attention.forward = _attention_forward(attention, gate)
-            denoiser.forward = _denoiser_forward(pipeline, denoiser, gate, params)
-            yield
+        denoiser: Any = denoiser_of(pipeline, self.name, self.pipelines)
+        attentions, gate = _attentions(denoiser), _Gate(kept_of(denoiser))
+        hooks = _hooks(pipeline, gate, params)
+        before, after = hooks
+        registered = [
+            denoiser.register_forward_pre_hook(before),
+            denoiser.register_forward_hook(after),
+        ]
+        with restored((denoiser, *attentions), "forward"):
+            try:
+                for attention in attentions:
+                    attention.forward = _attention_forward(attention, gate)
+                denoiser.forward = _denoiser_forward(denoiser, gate)
+                yield lambda: gate.step
+            finally:
+                for hook in registered:
+                    hook.remove()
+                gate.kept.drop()
 
     def full_steps(self, params: Mapping[str, Value]) -> frozenset[int]:
         """The step whose cross-attention is kept, and the first one with half the batch."""
@@ -193,10 +210,10 @@ class _Step:
 
 @dataclass
 class _Gate:
-    """The current step, and what each attention has stored in the current call."""
+    """The current step, and what the attentions keep."""
 
+    kept: Kept
     step: _Step = _Step()
-    stored: dict[Any, Any] = field(default_factory=dict)
 
 
 def _schedule(params: Mapping[str, Value], steps: int) -> list[_Step]:
@@ -219,60 +236,73 @@ def _schedule(params: Mapping[str, Value], steps: int) -> list[_Step]:
     ]
 
 
-def _denoiser_forward(
-    pipeline: Any, denoiser: Any, gate: _Gate, params: Mapping[str, Value]
-) -> Any:
+def _hooks(pipeline: Any, gate: _Gate, params: Mapping[str, Value]) -> tuple[Any, Any]:
+    """What is to happen before and after each of the denoiser's calls."""
+    steps = CallSteps(pipeline)
+    schedule: list[_Step] = []
+
+    def before(_: Any, args: tuple[Any, ...]) -> None:
+        if steps.advance() == 0:
+            guided = getattr(pipeline, "do_classifier_free_guidance", True)
+            if len(args[0]) % 2 or not guided:
+                raise UnsupportedError("tgate needs guidance in every call; raise guidance_scale")
+            schedule[:] = _schedule(params, pipeline.scheduler.num_inference_steps)
+            gate.kept.drop()
+        gate.step = schedule[steps.step] if steps.step >= 0 else _Step()
+
+    def after(_: Any, __: Any, ___: Any) -> None:
+        if steps.is_last:
+            gate.kept.drop()  # the memory is better used for decoding
+
+    return before, after
+
+
+def _denoiser_forward(denoiser: Any, gate: _Gate) -> Any:
     """The denoiser's forward that computes the negative half of the batch alone after the gate.
 
     The output is doubled: guidance between two equal halves changes nothing.
     """
     import torch
 
-    steps = CallSteps(pipeline)
-    schedule: list[_Step] = []
     forward = denoiser.forward
 
     def gated(*args: Any, **kwargs: Any) -> Any:
+        if not gate.step.halved:
+            return forward(*args, **kwargs)
         batch = len(args[0])
-        if steps.advance() == 0:
-            if batch % 2 or not getattr(pipeline, "do_classifier_free_guidance", True):
-                raise UnsupportedError("tgate needs guidance in every call; raise guidance_scale")
-            schedule[:] = _schedule(params, pipeline.scheduler.num_inference_steps)
-            gate.stored.clear()
-        gate.step = schedule[steps.step] if steps.step >= 0 else _Step()
-        if gate.step.halved:
-            args, kwargs = _first_half((args, kwargs), batch)
-            half = forward(*args, **kwargs)[0]
-            output = (torch.cat([half, half]),)
-        else:
-            output = forward(*args, **kwargs)
-        if steps.is_last:
-            gate.stored.clear()  # the memory is better used for decoding
-        return output
+
+        def halved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[: batch // 2] if tensor.ndim and len(tensor) == batch else tensor
+
+        args, kwargs = map_tensors(halved, (args, kwargs))
+        half = forward(*args, **kwargs)[0]
+        return (torch.cat([half, half]),)
 
     return gated
 
 
 def _attention_forward(attention: Any, gate: _Gate) -> Any:
-    """The attention's forward that stores its output, or reuses it, as the current step says."""
+    """The attention's forward that keeps its output, or reuses it, as the current step says."""
     forward = attention.forward
 
-    def stored_or_computed(
+    def kept_or_computed(
         hidden_states: Any, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        use = gate.step.own if encoder_hidden_states is None else gate.step.cross
-        if use.reuse and attention in gate.stored:
-            return gate.stored[attention]
+        step = gate.step
+        use = step.own if encoder_hidden_states is None else step.cross
+        if use.reuse and (attention, step.halved) in gate.kept:
+            return gate.kept[attention, step.halved]
         output = forward(hidden_states, encoder_hidden_states, *args, **kwargs)
         if use.store:
             stored = output
-            if gate.step.stores_mean:
+            if step.stores_mean:
+                gate.kept.drop((attention, False))  # too large from now on
                 negative, positive = output.chunk(2)
                 stored = (negative + positive) / 2
-            gate.stored[attention] = stored
+            gate.kept[attention, step.halved or step.stores_mean] = stored
         return output
 
-    return stored_or_computed
+    return kept_or_computed
 
 
 def _attentions(denoiser: Any) -> list[Any]:
@@ -288,16 +318,3 @@ def _attentions(denoiser: Any) -> list[Any]:
         for module in denoiser.modules()
         if isinstance(module, Attention) and not module.residual_connection
     ]
-
-
-def _first_half(value: Any, batch: int) -> Any:
-    """The first half of every tensor of this batch size, however deep it is nested."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value[: batch // 2] if value.ndim and len(value) == batch else value
-    if isinstance(value, tuple | list):
-        return type(value)(_first_half(one, batch) for one in value)
-    if isinstance(value, dict):
-        return {name: _first_half(one, batch) for name, one in value.items()}
-    return value

@@ -16,13 +16,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from accelsearch.errors import UnsupportedError
-from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Run, Value
-from accelsearch.methods.patching import denoiser_of
+from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Phase, Run, Value
+from accelsearch.methods.patching import denoiser_of, kept_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _STEP = 0.05
 
 _RATIO = Parameter(
@@ -93,11 +92,12 @@ class ToMe(AccelerationMethod):
 
     name = "tome"
     parameters = (_RATIO, _DOWNSAMPLE, _STRIDE_X, _STRIDE_Y)
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     libraries = ("tomesd",)
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:
         """Raise UnsupportedError unless the pipeline is an SD or SDXL with blocks to merge in."""
-        unet = denoiser_of(pipeline, self.name, _SERVED)
+        unet = denoiser_of(pipeline, self.name, self.pipelines)
         blocks = _blocks(unet)
         if any(type(block).__name__ == "ToMeBlock" for block in blocks):
             raise UnsupportedError(
@@ -142,7 +142,7 @@ class ToMe(AccelerationMethod):
     @contextmanager
     def apply(
         self, pipeline: DiffusionPipeline, params: Mapping[str, Value], run: Run
-    ) -> Iterator[None]:
+    ) -> Iterator[Phase]:
         """Accelerate the pipeline until the exit, which gives each block its own class back."""
         self.check(pipeline, run)
         import tomesd
@@ -161,7 +161,7 @@ class ToMe(AccelerationMethod):
                 sy=params["sy"],
             )
             seeding = unet.register_forward_pre_hook(_seed_each_call(pipeline, run.seed))
-            yield
+            yield lambda: tuple(params.values())  # every step is like the others
         finally:
             if seeding is not None:
                 seeding.remove()
@@ -179,13 +179,11 @@ class ToMe(AccelerationMethod):
 
 def _seed_each_call(pipeline: DiffusionPipeline, seed: int) -> Any:
     """A hook before the UNet's forward that starts the library's generator anew in each call."""
-    import torch
-
     steps = CallSteps(pipeline)
 
     def hook(unet: Any, args: tuple[Any, ...]) -> None:
         if steps.advance() == 0:
-            generator = torch.Generator(args[0].device).manual_seed(seed)
+            generator = kept_of(unet).generator(args[0].device, seed)
             unet._tome_info["args"]["generator"] = generator
 
     return hook

@@ -19,6 +19,7 @@ from .tiny import (
     BodyError,
     MakePipeline,
     apply,
+    deepcache_helper,
     fail_at_step,
     images,
     run_of,
@@ -312,17 +313,6 @@ def tgate_loader(pipeline: Any, params: dict[str, Any]) -> Iterator[Any]:
     xl = "XL" in type(pipeline).__name__
     (tgate.TgateSDXLLoader if xl else tgate.TgateSDLoader)(pipeline)
     yield functools.partial(pipeline.tgate, **params)
-
-
-@contextmanager
-def deepcache_helper(pipeline: Any, params: dict[str, Any]) -> Iterator[Any]:
-    from DeepCache import DeepCacheSDHelper
-
-    helper = DeepCacheSDHelper(pipe=pipeline)
-    helper.set_params(**params)
-    helper.enable()
-    yield pipeline
-    helper.disable()
 
 
 # How each library is used by hand, and settings to compare, the last of them also in combinations:

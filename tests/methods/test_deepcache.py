@@ -11,7 +11,7 @@ import torch
 from accelsearch.errors import UnsupportedError
 from accelsearch.methods import METHODS
 
-from .tiny import MakePipeline, apply, images, run_of, work_of
+from .tiny import MakePipeline, apply, deepcache_helper, images, run_of, work_of
 
 # A deprecation of NumPy that diffusers' schedulers run into.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -67,12 +67,37 @@ def test_each_branch_of_deepcache_cuts_the_unet_at_another_place(
         with apply("deepcache", pipeline, cache_branch_id=branch), work_of(pipeline) as work:
             seen.append(images(pipeline))
         done.append(len(work))
-    # Later branches reuse less, and the library takes those past the end for the last one.
-    assert done == sorted(set(done))
+    assert done == sorted(set(done))  # later branches reuse less
     assert not any(torch.equal(*pair) for pair in pairwise(seen))
-    with apply("deepcache", pipeline, cache_branch_id=branches[-1] + 1), work_of(pipeline) as work:
+    # Why there are no others: the library takes those past the end for the last one.
+    with deepcache_helper(pipeline, {"cache_interval": 3, "cache_branch_id": branches[-1] + 1}):
         assert torch.equal(images(pipeline), seen[-1])
-    assert len(work) == done[-1]
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_every_branch_of_deepcache_makes_the_image_of_the_library(
+    make_pipeline: MakePipeline, kind: str, interval: int
+) -> None:
+    pipeline = make_pipeline(kind)
+    for branch in range(12 if kind == "sd" else 9):
+        params = {"cache_interval": interval, "cache_branch_id": branch}
+        with deepcache_helper(pipeline, params):
+            expected = images(pipeline)
+        pipeline = make_pipeline(kind)  # the helper leaves forwards behind
+        with apply("deepcache", pipeline, **params):
+            assert torch.equal(images(pipeline), expected), branch
+
+
+def test_deepcache_does_no_more_work_than_the_library(make_pipeline: MakePipeline) -> None:
+    params = {"cache_interval": 3, "cache_branch_id": 4}
+    pipeline = make_pipeline()
+    with deepcache_helper(pipeline, params), work_of(pipeline) as theirs:
+        images(pipeline)
+    pipeline = make_pipeline()
+    with apply("deepcache", pipeline, **params), work_of(pipeline) as ours:
+        images(pipeline)
+    assert ours == theirs
 
 
 def small_unet() -> Any:

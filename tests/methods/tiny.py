@@ -112,3 +112,15 @@ def fail_at_step(step: int) -> Callable[..., dict[str, Any]]:
         return arguments
 
     return callback
+
+
+@contextmanager
+def deepcache_helper(pipeline: Any, params: dict[str, Any]) -> Iterator[Any]:
+    """The library used by hand; it leaves forwards behind on the pipeline."""
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe=pipeline)
+    helper.set_params(**params)
+    helper.enable()
+    yield pipeline
+    helper.disable()
