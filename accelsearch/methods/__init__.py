@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from accelsearch.errors import PlanError, UnsupportedError, nearest
 from accelsearch.methods.base import AccelerationMethod, Parameter, Run, Value
+from accelsearch.methods.compile import Compile
 from accelsearch.methods.deepcache import DeepCache
 from accelsearch.methods.tgate import TGate
 from accelsearch.methods.tome import ToMe
@@ -31,12 +32,14 @@ __all__ = [
 ]
 
 # In the order in which they are applied, from the inside out: what a transformer block computes
-# (its class), what an attention computes (its forward), and which blocks are computed at all. Each
-# is free of what lies inside it. Names are stored in the RDB and the JSON: never renamed.
+# (its class), what an attention computes (its forward), which blocks are computed at all, and by
+# what code. Each is free of what lies inside it. Names are stored in the RDB and the JSON: never
+# renamed.
 METHODS: dict[str, AccelerationMethod] = {
     "tome": ToMe(),
     "tgate": TGate(),
     "deepcache": DeepCache(),
+    "compile": Compile(),
 }
 
 
@@ -167,7 +170,8 @@ def applied(
     run = replace(run, full_steps=run.full_steps.union(*marked))
     with ExitStack() as stack:
         for name, values in settings.items():
-            stack.enter_context(METHODS[name].apply(pipeline, values, run))
+            phase = stack.enter_context(METHODS[name].apply(pipeline, values, run))
+            run = replace(run, phases=(*run.phases, phase))
         yield
 
 

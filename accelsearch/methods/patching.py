@@ -50,20 +50,24 @@ def forward_is_from(package: str, module: nn.Module) -> bool:
 
 
 @contextmanager
-def restored(modules: Iterable[nn.Module], *names: str) -> Iterator[None]:
-    """Give each module on exit the attributes of these names that it has now.
+def restored(holders: Iterable[object], *names: str) -> Iterator[None]:
+    """Give each module or other object on exit the attributes of these names that it has now.
 
     What it has not of its own, such as the forward of its class, it has not at the exit either.
     """
-    before = [(module, name, vars(module).get(name)) for module in modules for name in names]
+    before = [
+        (vars(holder), name, name in vars(holder), vars(holder).get(name))
+        for holder in holders
+        for name in names
+    ]
     try:
         yield
     finally:
-        for module, name, value in before:
-            if value is None:
-                vars(module).pop(name, None)
+        for attributes, name, had, value in before:
+            if had:
+                attributes[name] = value
             else:
-                vars(module)[name] = value
+                attributes.pop(name, None)
 
 
 def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:

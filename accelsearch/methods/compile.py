@@ -1,0 +1,517 @@
+"""Compile: the same computation in less time, whatever the other methods leave of it.
+
+Four things that change no image but by rounding: convolution weights in the layout that tensor
+cores read (channels last), the query, key and value projections of an attention as one product,
+the repeated parts of the denoiser and the VAE's decoder compiled by `torch.compile`, and each kind
+of step replayed as one CUDA graph, so that the host neither launches a thousand kernels a step nor
+waits for the GPU in between.
+
+Compiled code, graphs and rearranged weights belong to the pipeline and outlive an application:
+nothing is compiled or captured twice in one process. The first call with a setting pays for it.
+
+Source: Ansel et al., "PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode
+Transformation and Graph Compilation", ASPLOS 2024; diffusers, "Accelerate inference".
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from accelsearch.errors import UnsupportedError
+from accelsearch.methods.base import AccelerationMethod, Parameter, Phase, Run, Value
+from accelsearch.methods.patching import Kept, denoiser_of, kept_of, map_tensors, restored
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+__all__ = ["Compile", "backend"]
+
+_IDLE = "none"
+_EAGER = "eager"
+_GRAPHS = 64  # captured at most, of one module: a call needs a few, an old setting's are let go
+_RECOMPILATIONS = 256  # of one function: a UNet has some twenty shapes of resnet alone
+
+_MODE = Parameter(
+    name="mode",
+    kind="choice",
+    default="default",
+    choices=("default", "max-autotune-no-cudagraphs", _EAGER),
+    identity=_IDLE,
+    meaning="How torch.compile compiles the repeated parts; eager: not at all, only the rest.",
+    source="torch.compile (mode)",
+)
+_LAYOUT = Parameter(
+    name="channels_last",
+    kind="choice",
+    default=True,
+    choices=(False, True),
+    fixed=True,
+    meaning="Whether convolution weights lie channels last, as tensor cores read them.",
+    source="diffusers, Accelerate inference",
+)
+_FUSED = Parameter(
+    name="fuse_qkv",
+    kind="choice",
+    default=True,
+    choices=(False, True),
+    fixed=True,
+    meaning="Whether an attention's projections of the same input are one product.",
+    source="diffusers, fuse_qkv_projections",
+)
+_CAPTURED = Parameter(
+    name="cuda_graphs",
+    kind="choice",
+    default=True,
+    choices=(False, True),
+    fixed=True,
+    meaning="Whether each kind of step is replayed as a CUDA graph, and no step waits for the GPU.",
+    source="torch.cuda.graph",
+)
+
+
+def backend(device_type: str) -> str:
+    """The backend of torch.compile on this machine: `inductor` where there are compilers for it.
+
+    Inductor writes C++ on the CPU, and on a GPU Triton, which needs a C compiler to load its
+    kernels. `eager` needs neither: it runs the traced graphs operator by operator, which saves
+    little. (`aot_eager` would not either, but fails where convolutions choose their layout.)
+    """
+    names = ("c++", "g++", "clang++") if device_type == "cpu" else ("cc", "gcc", "clang")
+    own = os.environ.get("CXX" if device_type == "cpu" else "CC")
+    found = any(shutil.which(name) for name in ((own,) if own else names))
+    has_triton = device_type == "cpu" or find_spec("triton") is not None
+    return "inductor" if found and has_triton else _EAGER
+
+
+class Compile(AccelerationMethod):
+    """Compilation for SD, SDXL, PixArt alpha and PixArt sigma.
+
+    It is applied last, on what the other methods have made of the pipeline. A part is compiled
+    as a whole where no other method works inside it, else its untouched parts are. On the CPU
+    there are no CUDA graphs.
+    """
+
+    name = "compile"
+    parameters = (_MODE, _LAYOUT, _FUSED, _CAPTURED)
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "PixArtAlphaPipeline",
+        "PixArtSigmaPipeline",
+    )
+    libraries = ()
+    exact = True
+
+    def check(self, pipeline: DiffusionPipeline, run: Run) -> None:
+        """Raise UnsupportedError unless the denoiser is one of ours, as it was loaded."""
+        denoiser = denoiser_of(pipeline, self.name, self.pipelines)
+        modules = [module for part in _parts(pipeline, denoiser) for module in part.modules()]
+        if _prepared_of(denoiser).applied or any(one._compiled_call_impl for one in modules):
+            raise UnsupportedError(
+                "compile must not be applied already, but this pipeline's modules are compiled; "
+                "leave the first application, or load the pipeline again"
+            )
+        if any(hasattr(module, "_hf_hook") for module in modules):
+            raise UnsupportedError(
+                "compile needs all weights on the device, but this pipeline's are offloaded; "
+                "load it without offloading, or remove compile from methods"
+            )
+
+    def space(self, pipeline: DiffusionPipeline, run: Run) -> tuple[Parameter, ...]:
+        """The choices that this device and these attentions leave."""
+        denoiser = denoiser_of(pipeline, self.name, self.pipelines)
+        on_gpu, fusible = pipeline.device.type == "cuda", _fusible(denoiser)
+        return (
+            _MODE,
+            _LAYOUT,
+            _FUSED if fusible else _FUSED.among((False,)),
+            _CAPTURED if on_gpu else _CAPTURED.among((False,)),
+        )
+
+    @contextmanager
+    def apply(
+        self, pipeline: DiffusionPipeline, params: Mapping[str, Value], run: Run
+    ) -> Iterator[None]:
+        """Compile the pipeline until the exit; the first call inside waits for the compiler."""
+        self.check(pipeline, run)
+        mode = str(params["mode"])
+        if mode == _IDLE:
+            yield
+            return
+        if params["cuda_graphs"] and None in run.phases:
+            raise UnsupportedError(
+                "cuda_graphs needs methods that tell their phase, but one of these does not; "
+                "set cuda_graphs to false or remove that method"
+            )
+        denoiser = denoiser_of(pipeline, self.name, self.pipelines)
+        prepared, parts = _prepared_of(denoiser), _parts(pipeline, denoiser)
+        prepared.applied = True
+        try:
+            with ExitStack() as stack:
+                if params["channels_last"]:
+                    stack.enter_context(_channels_last(parts, prepared))
+                if params["fuse_qkv"]:
+                    stack.enter_context(_fused_projections(denoiser, prepared))
+                if mode != _EAGER:
+                    stack.enter_context(_compiled(parts, mode, backend(pipeline.device.type)))
+                if params["cuda_graphs"]:
+                    setting = tuple(params.values())
+                    stack.enter_context(_timesteps_on_the_host(pipeline.scheduler))
+                    stack.enter_context(_captured(denoiser, parts, prepared, setting, run.phases))
+                yield
+        finally:
+            prepared.applied = False
+
+    def held_bytes(self, pipeline: DiffusionPipeline) -> int:
+        """The memory of rearranged weights, graphs, and the buffers between graphs."""
+        denoiser = denoiser_of(pipeline, self.name, self.pipelines)
+        return _prepared_of(denoiser).held_bytes
+
+    def implementation(self) -> str:
+        """What compiles."""
+        return f"torch {version('torch')} compile"
+
+
+class _Graph(NamedTuple):
+    """Captured work: replayed, it reads the inputs, and what it returned lies in the output."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Any
+    held: frozenset[Hashable]  # what is kept once it has run
+
+
+@dataclass
+class _Graphs:
+    """The graphs of one module, by all that decides what it computes.
+
+    They share one pool of memory, since none leaves anything there that a later one needs: inputs
+    and kept tensors have buffers of their own, by the shapes of the inputs, and outputs are
+    copied.
+    """
+
+    pool: Any
+    captured: OrderedDict[Hashable, _Graph] = field(default_factory=OrderedDict)
+    inputs: dict[Hashable, Any] = field(default_factory=dict)
+    buffers: dict[Hashable, dict[Hashable, torch.Tensor]] = field(default_factory=dict)
+
+    def run(
+        self,
+        forward: Callable[..., Any],
+        setting: Hashable,
+        phases: tuple[Phase | None, ...],
+        kept: Kept,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+    ) -> Any:
+        """What `forward` returns for these arguments, captured if it has not been before."""
+        import torch
+
+        shapes = _described(call)
+        if shapes not in self.inputs:
+            device = call[0][0].device
+            self.inputs[shapes] = map_tensors(
+                lambda tensor: torch.empty_like(tensor, device=device), call
+            )
+        inputs = self.inputs[shapes]
+        _copy(call, inputs)
+        kept.buffers = self.buffers.setdefault(shapes, {})
+        key = (setting, shapes, tuple(phase() for phase in phases if phase), kept.held)
+        if key in self.captured:
+            self.captured.move_to_end(key)
+        else:
+            self.captured[key] = self._capture(forward, kept, inputs)
+            if len(self.captured) > _GRAPHS:
+                self.captured.popitem(last=False)
+        found = self.captured[key]
+        found.graph.replay()
+        kept.held = found.held
+        return map_tensors(torch.clone, found.output)
+
+    def _capture(self, forward: Callable[..., Any], kept: Kept, inputs: Any) -> _Graph:
+        import torch
+
+        held = kept.held
+        chances = {one: one.get_state() for one in kept.generators.values()}
+        # Once outside of a graph: what compiles, chooses algorithms or allocates for good does it
+        # here. A stream of its own, because nothing of the current one may be captured.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        args, kwargs = inputs
+        with torch.cuda.stream(stream):
+            forward(*args, **kwargs)
+        torch.cuda.current_stream().wait_stream(stream)
+        kept.held = held
+        graph = torch.cuda.CUDAGraph()
+        for generator, state in chances.items():
+            generator.set_state(state)
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = forward(*args, **kwargs)
+        captured = _Graph(graph, output, kept.held)
+        kept.held = held
+        return captured
+
+
+@dataclass
+class _Prepared:
+    """What has been made for one denoiser and serves every application."""
+
+    applied: bool = False
+    rearranged: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)  # by parameter
+    fused: dict[Any, dict[str, Any]] = field(default_factory=dict)  # attention -> projections
+    graphs: dict[str, _Graphs] = field(default_factory=dict)  # by part
+
+    @property
+    def held_bytes(self) -> int:
+        import torch
+
+        tensors = [tensor for _, tensor in self.rearranged.values()]
+        for projections in self.fused.values():
+            tensors += [one for module in projections.values() for one in module.parameters()]
+        for graphs in self.graphs.values():
+            for inputs in graphs.inputs.values():
+                map_tensors(tensors.append, inputs)
+            tensors += [one for buffers in graphs.buffers.values() for one in buffers.values()]
+        pools = {graphs.pool for graphs in self.graphs.values()}
+        pooled = sum(
+            segment["total_size"]
+            for segment in (_segments() if pools else ())
+            if tuple(segment["segment_pool_id"]) in pools
+        )
+        return pooled + sum(one.untyped_storage().nbytes() for one in tensors)
+
+
+def _segments() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return found
+
+
+_PREPARED: WeakKeyDictionary[Any, _Prepared] = WeakKeyDictionary()
+
+
+def _prepared_of(denoiser: Any) -> _Prepared:
+    return _PREPARED.setdefault(denoiser, _Prepared())
+
+
+def _parts(pipeline: Any, denoiser: Any) -> tuple[Any, ...]:
+    """The denoiser, and the VAE's decoder if it stays as it is during a call.
+
+    SDXL's pipeline moves a VAE in half precision, which would overflow, to full precision and
+    back in every call: what was captured with the old weights would be wrong.
+    """
+    import torch
+
+    vae = pipeline.vae
+    moves = (
+        vae.dtype == torch.float16 and vae.config.force_upcast and hasattr(pipeline, "upcast_vae")
+    )
+    return (denoiser,) if moves else (denoiser, vae.decoder)
+
+
+def _fusible(denoiser: Any) -> bool:
+    """Whether every attention has a plain processor, of which there is a fused kind."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    plain = (AttnProcessor, AttnProcessor2_0)
+    return all(type(one.processor) in plain for one in _attentions(denoiser))
+
+
+def _attentions(denoiser: Any) -> list[Any]:
+    from diffusers.models.attention_processor import Attention
+
+    return [module for module in denoiser.modules() if isinstance(module, Attention)]
+
+
+@contextmanager
+def _channels_last(parts: tuple[Any, ...], prepared: _Prepared) -> Iterator[None]:
+    """Put copies of the convolutions' weights, channels last, in the place of the weights."""
+    import torch
+
+    weights = [one for part in parts for one in part.parameters() if one.ndim == 4]
+    originals = [weight.data for weight in weights]
+    try:
+        for weight, original in zip(weights, originals, strict=True):
+            address, rearranged = prepared.rearranged.get(id(weight), (None, None))
+            if address != original.data_ptr() or rearranged is None:
+                rearranged = original.to(memory_format=torch.channels_last)
+                if rearranged.data_ptr() == original.data_ptr():
+                    continue  # of 1 x 1: both layouts are one
+                prepared.rearranged[id(weight)] = (original.data_ptr(), rearranged)
+            weight.data = rearranged
+        yield
+    finally:
+        for weight, original in zip(weights, originals, strict=True):
+            weight.data = original
+
+
+@contextmanager
+def _fused_projections(denoiser: Any, prepared: _Prepared) -> Iterator[None]:
+    """Give every attention its fused projections, and the processor that uses them."""
+    from diffusers.models.attention_processor import FusedAttnProcessor2_0
+
+    attentions = _attentions(denoiser)
+    before = {attention: dict(attention._modules) for attention in attentions}
+    with restored(attentions, "processor", "fused_projections"):
+        try:
+            for attention in attentions:
+                if attention not in prepared.fused:
+                    attention.fuse_projections()
+                    prepared.fused[attention] = {
+                        name: module
+                        for name, module in attention._modules.items()
+                        if name not in before[attention]
+                    }
+                attention._modules.update(prepared.fused[attention])
+                attention.fused_projections = True
+                attention.processor = FusedAttnProcessor2_0()
+            yield
+        finally:
+            for attention in attentions:
+                for name in attention._modules.keys() - before[attention].keys():
+                    del attention._modules[name]
+
+
+@contextmanager
+def _compiled(parts: tuple[Any, ...], mode: str, backend: str) -> Iterator[None]:
+    """Compile the regions of each part; a decoder as a whole, being called once."""
+    import torch
+    from torch._dynamo import config
+
+    # Names and defaults of the limit differ between versions; past it, torch falls back silently.
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    # A backend that generates no code has no modes.
+    options: dict[str, Any] = {"mode": mode} if backend == "inductor" else {"backend": backend}
+    denoiser, *decoders = parts
+    regions = list(_regions(denoiser))
+    with (
+        restored(regions, "_compiled_call_impl"),
+        restored(decoders, "forward"),
+        config.patch({limit: _RECOMPILATIONS}),
+    ):
+        for region in regions:
+            # Once for each shape: sizes that are left open cost speed.
+            region.compile(dynamic=False, **options)
+        for decoder in decoders:
+            decoder.forward = torch.compile(decoder.forward, dynamic=False, **options)
+        yield
+
+
+def _regions(module: Any) -> Iterator[Any]:
+    """The largest parts worth compiling that no other method has changed."""
+    from diffusers.models.attention import BasicTransformerBlock, FeedForward
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    kinds = (Transformer2DModel, BasicTransformerBlock, ResnetBlock2D, Attention, FeedForward)
+    if isinstance(module, kinds) and not any(_is_changed(one) for one in module.modules()):
+        yield module
+        return
+    for child in module.children():
+        yield from _regions(child)
+
+
+def _is_changed(module: Any) -> bool:
+    """Whether the module runs other than its class in diffusers or torch says."""
+    own = type(module).__module__.partition(".")[0] in ("diffusers", "torch")
+    # Compiled code does not notice that hooks come and go.
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not own or bool(hooked) or "forward" in vars(module)
+
+
+@contextmanager
+def _captured(
+    denoiser: Any,
+    parts: tuple[Any, ...],
+    prepared: _Prepared,
+    setting: Hashable,
+    phases: tuple[Phase | None, ...],
+) -> Iterator[None]:
+    """Replay the denoiser's and the decoder's work from CUDA graphs."""
+    import torch
+
+    def replayed(part: Any, kept: Kept, phases: tuple[Phase | None, ...]) -> Callable[..., Any]:
+        forward = part.forward
+        name = type(part).__name__
+        if name not in prepared.graphs:
+            prepared.graphs[name] = _Graphs(torch.cuda.graph_pool_handle())
+        graphs = prepared.graphs[name]
+        # Graphs read the weights where they lay.
+        weights = hash(tuple(one.data_ptr() for one in part.parameters()))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return graphs.run(forward, (setting, weights), phases, kept, (args, kwargs))
+
+        return call
+
+    kept = kept_of(denoiser)
+    with restored(parts, "forward"):
+        try:
+            for part in parts:
+                is_denoiser = part is denoiser
+                part.forward = replayed(
+                    part, kept if is_denoiser else Kept(), phases if is_denoiser else ()
+                )
+            yield
+        finally:
+            kept.buffers = None
+
+
+@contextmanager
+def _timesteps_on_the_host(scheduler: Any) -> Iterator[None]:
+    """Leave the timesteps on the CPU: schedulers look constants up by them, on the CPU, each step.
+
+    From the GPU, each look-up would wait for all the work before it.
+    """
+    set_timesteps = scheduler.set_timesteps
+    if "device" not in inspect.signature(set_timesteps).parameters:
+        yield
+        return
+
+    @functools.wraps(set_timesteps)
+    def on_the_host(*args: Any, device: Any = None, **kwargs: Any) -> None:
+        set_timesteps(*args, device="cpu", **kwargs)
+
+    with restored((scheduler,), "set_timesteps"):
+        scheduler.set_timesteps = on_the_host
+        yield
+
+
+def _described(value: Any) -> Hashable:
+    """All of a call's arguments that a graph is captured with, but for what the tensors hold."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, tuple | list):
+        return tuple(_described(one) for one in value)
+    if isinstance(value, dict):
+        return tuple((name, _described(one)) for name, one in sorted(value.items()))
+    return value if isinstance(value, Hashable) else repr(value)
+
+
+def _copy(source: Any, target: Any) -> None:
+    """Copy every tensor of one nested value into the other's, without waiting."""
+    import torch
+
+    if isinstance(source, torch.Tensor):
+        target.copy_(source, non_blocking=True)
+    elif isinstance(source, tuple | list):
+        for one, other in zip(source, target, strict=True):
+            _copy(one, other)
+    elif isinstance(source, dict):
+        for name, one in source.items():
+            _copy(one, target[name])
