@@ -141,6 +141,7 @@ def measure(
             "speedup_interval": None if interval is None else list(interval),
             "baseline_latency_s": latency.baseline_median_s,
             "latency_s": latency.accelerated_median_s,
+            "compile_s": result.measurement.compile_s,
             "outcome": result.outcome.value,
             "reason": result.reason,
             "losses": result.losses,

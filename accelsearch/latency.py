@@ -25,13 +25,16 @@ __all__ = ["Timing", "dominated", "measure_latency"]
 class Timing(NamedTuple):
     """The latencies of a trial, and the most GPU memory that either kind of call held.
 
-    Peak memory counts the pipeline's weights and what the calls allocate, not what else this
-    process keeps on the GPU (a scorer); None off the GPU.
+    Peak memory counts the pipeline's weights, what the calls allocate and what the acceleration
+    holds between calls, not what else this process keeps on the GPU (a scorer); None off the GPU.
+    `compile_s` is what the first accelerated call took longer than a timed one, None where
+    nothing compiles.
     """
 
     latency: Latency
     peak_memory_bytes: int | None
     baseline_peak_memory_bytes: int | None
+    compile_s: float | None = None
 
 
 def measure_latency(
@@ -40,19 +43,22 @@ def measure_latency(
     accelerate: Callable[[], AbstractContextManager[None]],
     *,
     incumbent: float | None = None,
+    compiles: bool = False,
+    held_bytes: Callable[[], int] = lambda: 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Time pairs of one baseline and one accelerated call until the speedup is known well enough.
 
     Each kind is warmed up by `latency.warmup` full calls, since a cache or a gate may act late in
-    a call. Then pairs follow, each in an order drawn at random, until half the width of the 95 %
-    interval is at most `latency.precision` times the speedup; never fewer than
-    `latency.min_pairs` nor more than `latency.max_pairs`. A setting whose interval lies below
-    `incumbent`, the speedup to beat, is known well enough too. Every sample is kept. Timed is the
-    pipeline call alone, from an idle device to an idle device: entering and leaving
-    `accelerate()` is not.
+    a call; at least once where the acceleration `compiles`. Then pairs follow, each in an order
+    drawn at random, until half the width of the 95 % interval is at most `latency.precision`
+    times the speedup; never fewer than `latency.min_pairs` nor more than `latency.max_pairs`. A
+    setting whose interval lies below `incumbent`, the speedup to beat, is known well enough too.
+    Every sample is kept. Timed is the pipeline call alone, from an idle device to an idle device:
+    entering and leaving `accelerate()` is not.
 
-    `clock` gives seconds.
+    `held_bytes` tells what the acceleration holds on the GPU while it is not applied, and `clock`
+    gives seconds.
 
     Raises:
         TrialError: a warm-up image of either kind holds NaN, or is black.
@@ -65,13 +71,14 @@ def measure_latency(
     ]
     seeds = [configuration.seed + index for index in range(configuration.batch_size)]
     device = pipeline.device
-    memory = _Memory(pipeline)
+    memory = _Memory(pipeline, held_bytes)
+    first_s: float | None = None
 
     def kind(accelerated: bool) -> AbstractContextManager[None]:
         return accelerate() if accelerated else nullcontext()
 
     def timed(accelerated: bool) -> float:
-        with kind(accelerated), memory.watched(accelerated), _no_gc():
+        with memory.watched(accelerated), kind(accelerated), _no_gc():
             _synchronize(device)
             start = clock()
             call(pipeline, configuration, prompts, seeds)
@@ -79,9 +86,12 @@ def measure_latency(
             return clock() - start
 
     for accelerated in (False, True):
-        for _ in range(settings.warmup):
-            with kind(accelerated), memory.watched(accelerated):
+        for _ in range(max(settings.warmup, compiles and accelerated)):
+            with memory.watched(accelerated), kind(accelerated):
+                start = clock()
                 generate(pipeline, configuration, prompts, seeds)
+            if accelerated and first_s is None:
+                first_s = clock() - start
 
     # A fixed order would give the second call of each pair the warmer caches, a fixed alternation
     # would beat with anything periodic; a fair coin may favour one kind in the first few pairs. So
@@ -104,7 +114,12 @@ def measure_latency(
             pairs >= settings.min_pairs
             and (_precise(latency, settings.precision) or dominated(latency, incumbent))
         ):
-            return Timing(latency, memory.peak_bytes(True), memory.peak_bytes(False))
+            return Timing(
+                latency,
+                memory.peak_bytes(True),
+                memory.peak_bytes(False),
+                max(first_s - latency.accelerated_median_s, 0.0) if first_s and compiles else None,
+            )
 
 
 def dominated(latency: Latency, incumbent: float | None) -> bool:
@@ -124,28 +139,31 @@ def _precise(latency: Latency, precision: float) -> bool:
 class _Memory:
     """The peak of GPU memory of watched calls, less what does not belong to the pipeline.
 
-    It is the peak over all calls of a kind: warm-ups include what a method allocates once.
+    It is the peak over all calls of a kind: warm-ups include what a method allocates once. What
+    the acceleration holds for good belongs to accelerated calls alone. Its graphs' memory is not
+    among what torch counts as allocated during a replay.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, held_bytes: Callable[[], int]) -> None:
         import torch
 
         self._cuda = torch.cuda if pipeline.device.type == "cuda" else None
-        self._device = pipeline.device
+        self._pipeline = pipeline
+        self._held_bytes = held_bytes
         self._peak_bytes = {False: 0, True: 0}
-        self._foreign_bytes = 0
-        if self._cuda is not None:
-            allocated_bytes = self._cuda.memory_allocated(self._device)
-            self._foreign_bytes = allocated_bytes - _weight_bytes(pipeline)
 
     @contextmanager
     def watched(self, accelerated: bool) -> Iterator[None]:
+        """Watch one call; entered before the acceleration is applied."""
         if self._cuda is None:
             yield
             return
-        self._cuda.reset_peak_memory_stats(self._device)
+        device = self._pipeline.device
+        foreign_bytes = self._cuda.memory_allocated(device) - _weight_bytes(self._pipeline)
+        held_bytes = self._held_bytes() if accelerated else 0
+        self._cuda.reset_peak_memory_stats(device)
         yield
-        peak_bytes = self._cuda.max_memory_allocated(self._device) - self._foreign_bytes
+        peak_bytes = self._cuda.max_memory_allocated(device) - foreign_bytes + held_bytes
         self._peak_bytes[accelerated] = max(self._peak_bytes[accelerated], peak_bytes)
 
     def peak_bytes(self, accelerated: bool) -> int | None:

@@ -223,7 +223,8 @@ class Measurement:
     scores: tuple[Scores, ...]
     peak_memory_bytes: int | None  # None where the device does not tell
     baseline_peak_memory_bytes: int | None
-    implementation: dict[str, str]  # method -> what ran: "DeepCache 0.1.1 DeepCacheSDHelper"
+    implementation: dict[str, str]  # method -> what ran: "tomesd 0.1.3 apply_patch"
+    compile_s: float | None = None  # what the first call took longer; None: nothing compiles
 
     def __post_init__(self) -> None:
         for name, value in self.params.items():
@@ -255,6 +256,7 @@ class Measurement:
             "peak_memory_bytes": self.peak_memory_bytes,
             "baseline_peak_memory_bytes": self.baseline_peak_memory_bytes,
             "implementation": dict(self.implementation),
+            "compile_s": self.compile_s,
         }
 
     @classmethod
@@ -282,6 +284,7 @@ class Measurement:
                     data, "baseline_peak_memory_bytes", int, type(None)
                 ),
                 implementation=_strings(data, "implementation"),
+                compile_s=_typed({"compile_s": None, **data}, "compile_s", float, type(None)),
             )
 
 

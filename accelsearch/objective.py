@@ -149,6 +149,8 @@ class Bench:
                 self.configuration,
                 lambda: self._accelerated(params),
                 incumbent=incumbent,
+                compiles=any(METHODS[name].compiles for name in self.configuration.methods),
+                held_bytes=self._held_bytes,
             )
         scores: tuple[Scores, ...] = ()
         losses: dict[str, float] = {}
@@ -176,6 +178,7 @@ class Bench:
                 implementation={
                     name: METHODS[name].implementation() for name in self.configuration.methods
                 },
+                compile_s=timing.compile_s,
             ),
             losses=losses,
             violations={name: violation(loss, budgets[name]) for name, loss in losses.items()},
@@ -235,6 +238,9 @@ class Bench:
             if verdict is not Verdict.UNDECIDED:
                 break
         return scores, torch.cat(made), verdict
+
+    def _held_bytes(self) -> int:
+        return sum(METHODS[name].held_bytes(self.pipeline) for name in self.configuration.methods)
 
     def _accelerated(self, params: Mapping[str, ParamValue]) -> AbstractContextManager[None]:
         return applied(self.pipeline, params, self.configuration.methods, self._run)

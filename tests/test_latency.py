@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,6 +192,54 @@ def test_a_real_pipeline_is_timed_and_left_as_it_was(
     assert applications == 3
     assert (timing.peak_memory_bytes, timing.baseline_peak_memory_bytes) == (None, None)
     assert "forward" not in vars(pipeline.unet)
+
+
+def test_compilation_is_warmed_up_for_reported_and_not_timed(
+    make_configuration: MakeConfiguration,
+) -> None:
+    class Compiling(FakePipeline):
+        """A pipeline whose first accelerated call takes 30 s more."""
+
+        def __call__(self, **arguments: Any) -> Any:
+            if self.accelerated and not any(call["accelerated"] for call in self.calls):
+                self.now_s += 30.0
+            return super().__call__(**arguments)
+
+    pipeline = Compiling()
+    settings = LatencySettings(min_pairs=6, max_pairs=6, warmup=0)
+    timing = measure_latency(
+        pipeline,
+        make_configuration(latency=settings),
+        pipeline.accelerate,
+        compiles=True,
+        clock=pipeline.clock,
+    )
+    assert timing.latency.accelerated_s == (2.0,) * 6
+    assert timing.compile_s == pytest.approx(30.0)
+    assert [call["accelerated"] for call in pipeline.calls].count(False) == 6
+    assert measure(FakePipeline(), make_configuration(), warmup=2).compile_s is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_peak_memory_counts_what_the_acceleration_holds_on_its_own_calls(
+    make_pipeline: MakePipeline, make_configuration: MakeConfiguration
+) -> None:
+    pipeline = make_pipeline("sd").to("cuda")
+    configuration = make_configuration(latency=LatencySettings(min_pairs=1, max_pairs=1))
+    held = torch.zeros(64 * 2**20, dtype=torch.uint8, device="cuda")
+
+    def peaks(held_bytes: int) -> tuple[int, int]:
+        timing = measure_latency(
+            pipeline, configuration, lambda: nullcontext(), held_bytes=lambda: held_bytes
+        )
+        assert timing.peak_memory_bytes is not None
+        assert timing.baseline_peak_memory_bytes is not None
+        return timing.peak_memory_bytes, timing.baseline_peak_memory_bytes
+
+    peaks(0)
+    without, baseline = peaks(0)
+    assert peaks(len(held)) == (without + len(held), baseline)
 
 
 @pytest.mark.gpu

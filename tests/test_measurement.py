@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -299,10 +300,18 @@ def test_a_damaged_stored_measurement_is_refused_in_one_line(
 
 
 def test_every_field_of_a_stored_measurement_is_needed() -> None:
-    for field in MEASUREMENT.to_dict():
+    later = {"compile_s"}  # which the first trials stored do not have
+    for field in MEASUREMENT.to_dict().keys() - later:
         rest = {name: value for name, value in MEASUREMENT.to_dict().items() if name != field}
         with pytest.raises(StorageError, match=f"field '{field}' is missing"):
             Measurement.from_dict(rest)
+
+
+def test_a_measurement_stored_without_compile_s_is_read() -> None:
+    data = {name: value for name, value in MEASUREMENT.to_dict().items() if name != "compile_s"}
+    assert Measurement.from_dict(data).compile_s is None
+    compiled = replace(MEASUREMENT, compile_s=12.5)
+    assert Measurement.from_dict(compiled.to_dict()) == compiled
 
 
 def test_fields_of_a_later_version_are_left_out() -> None:

@@ -119,9 +119,7 @@ def test_a_setting_within_every_budget_is_feasible(bench: Bench) -> None:
     assert all(value <= 0 for value in result.violations.values())
     measurement = result.measurement
     assert measurement.params == FINE
-    assert measurement.implementation == {
-        "deepcache": f"DeepCache {version('DeepCache')} DeepCacheSDHelper"
-    }
+    assert measurement.implementation == {"deepcache": METHODS["deepcache"].implementation()}
     assert len(measurement.latency.baseline_s) == 1
     assert measurement.peak_memory_bytes is None  # the CPU does not tell
     assert result.images is not None

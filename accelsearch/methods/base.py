@@ -180,7 +180,8 @@ class AccelerationMethod(Protocol):
     """A way to make a pipeline faster that can be undone completely.
 
     Anything in METHODS is held to this by tests/methods/test_contract.py. A class that inherits
-    from it need not say that it is not `exact`, has no `full_steps` and holds no memory.
+    from it need not say that it is not `exact`, compiles nothing, has no `full_steps` and holds no
+    memory.
     """
 
     @property
@@ -202,6 +203,11 @@ class AccelerationMethod(Protocol):
     @property
     def exact(self) -> bool:
         """Whether it computes the same images in less time, up to rounding."""
+        return False
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first call with a setting takes long, once: it must not be timed."""
         return False
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:

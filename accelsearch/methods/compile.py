@@ -113,6 +113,7 @@ class Compile(AccelerationMethod):
     )
     libraries = ()
     exact = True
+    compiles = True
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:
         """Raise UnsupportedError unless the denoiser is one of ours, as it was loaded."""
@@ -274,9 +275,7 @@ class _Prepared:
 
     @property
     def held_bytes(self) -> int:
-        import torch
-
-        tensors = [tensor for _, tensor in self.rearranged.values()]
+        tensors: list[torch.Tensor] = [tensor for _, tensor in self.rearranged.values()]
         for projections in self.fused.values():
             tensors += [one for module in projections.values() for one in module.parameters()]
         for graphs in self.graphs.values():
@@ -285,7 +284,7 @@ class _Prepared:
             tensors += [one for buffers in graphs.buffers.values() for one in buffers.values()]
         pools = {graphs.pool for graphs in self.graphs.values()}
         pooled = sum(
-            segment["total_size"]
+            int(segment["total_size"])
             for segment in (_segments() if pools else ())
             if tuple(segment["segment_pool_id"]) in pools
         )

@@ -133,8 +133,9 @@ class DeepCache(AccelerationMethod):
                 kept.drop()
 
     def implementation(self) -> str:
-        """What runs, and the library that it computes the same images as."""
-        return f"accelsearch's DeepCacheSDHelper of DeepCache {version('DeepCache')}"
+        """Our version, and the class of the library whose images these are."""
+        ours, theirs = version("accelsearch"), version("DeepCache")
+        return f"accelsearch {ours}, as DeepCache {theirs} DeepCacheSDHelper"
 
 
 class _Cut(NamedTuple):

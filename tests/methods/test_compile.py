@@ -1,0 +1,261 @@
+"""What is compile's own: which parts it compiles, that it does so once, and its CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from accelsearch.errors import UnsupportedError
+from accelsearch.methods import METHODS, applied
+from accelsearch.methods import compile as compile_module
+from accelsearch.methods.compile import _regions, backend
+
+from .tiny import MakePipeline, apply, images, run_of
+
+NO_MODE = {"mode": "eager"}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """What dynamo counts, from nothing compiled on; without compilers, so in no time."""
+    monkeypatch.setattr(compile_module, "backend", lambda device_type: "eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["stats"]
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def operations(pipeline: Any) -> int:
+    """How many operators a call dispatches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        images(pipeline)
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+
+
+def kinds(pipeline: Any) -> list[str]:
+    return sorted({type(module).__name__ for module in _regions(pipeline.unet)})
+
+
+def test_parts_that_no_other_method_works_in_are_compiled_whole(
+    make_pipeline: MakePipeline,
+) -> None:
+    pipeline = make_pipeline()
+    assert kinds(pipeline) == ["ResnetBlock2D", "Transformer2DModel"]
+    with apply("deepcache", pipeline, cache_branch_id=0):
+        # The one whose output is kept has a forward of its own.
+        assert kinds(pipeline) == ["BasicTransformerBlock", "ResnetBlock2D", "Transformer2DModel"]
+    with apply("tome", pipeline):
+        assert kinds(pipeline) == ["Attention", "FeedForward", "ResnetBlock2D"]
+    with apply("tgate", pipeline):
+        assert kinds(pipeline) == ["FeedForward", "ResnetBlock2D"]
+    block = next(iter(_regions(pipeline.unet)))
+    hook = block.register_forward_hook(lambda *_: None)
+    assert block not in list(_regions(pipeline.unet))
+    hook.remove()
+
+
+def test_nothing_is_compiled_twice(make_pipeline: MakePipeline, compiled: dict[str, int]) -> None:
+    pipeline = make_pipeline()
+    run = run_of(pipeline)
+    params = {"cache_branch_id": 0, "cache_interval": 2}
+    with applied(pipeline, params, ["compile", "deepcache"], run):
+        first = images(pipeline)
+        graphs = compiled["unique_graphs"]
+        assert graphs > 0
+        images(pipeline)
+    assert compiled["unique_graphs"] == graphs
+    for interval in (2, 3):
+        params["cache_interval"] = interval
+        with applied(pipeline, params, ["compile", "deepcache"], run):
+            again = images(pipeline)
+            assert torch.equal(again, first) == (interval == 2)
+    images(pipeline)
+    assert compiled["unique_graphs"] == graphs
+
+
+def test_weights_and_projections_are_rearranged_once(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    weights = [one for one in pipeline.unet.parameters() if one.ndim == 4 and one.shape[-1] > 1]
+    addresses = [one.data_ptr() for one in weights]
+    seen = []
+    for _ in range(2):
+        with apply("compile", pipeline, **NO_MODE):
+            attention = pipeline.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+            seen.append([one.data_ptr() for one in weights] + [id(attention.to_qkv)])
+            assert all(one.is_contiguous(memory_format=torch.channels_last) for one in weights)
+        assert [one.data_ptr() for one in weights] == addresses
+        assert not hasattr(attention, "to_qkv")
+    assert seen[0] == seen[1]
+
+
+def test_fused_projections_dispatch_fewer_operations(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    before = operations(pipeline)
+    with apply("compile", pipeline, **NO_MODE, channels_last=False):
+        assert operations(pipeline) < before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(backend("cpu") != "inductor", reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_inductor_dispatches_fewer_operations_for_the_same_images(
+    make_pipeline: MakePipeline, kind: str
+) -> None:
+    pipeline = make_pipeline(kind)
+    baseline, before = images(pipeline), operations(pipeline)
+    with apply("compile", pipeline):
+        torch.testing.assert_close(images(pipeline), baseline, rtol=0, atol=1e-4)
+        assert operations(pipeline) < 0.8 * before
+    assert torch.equal(images(pipeline), baseline)
+
+
+def test_compile_serves_pixart_with_tgate(
+    make_pipeline: MakePipeline, compiled: dict[str, int]
+) -> None:
+    pipeline = make_pipeline("pixart_sigma")
+    run = run_of(pipeline)
+
+    def images_of(*names: str) -> torch.Tensor:
+        with applied(pipeline, {}, names, run):
+            return images(pipeline, use_resolution_binning=False)
+
+    baseline, gated = images_of(), images_of("tgate")
+    torch.testing.assert_close(images_of("compile"), baseline, rtol=0, atol=1e-4)
+    torch.testing.assert_close(images_of("tgate", "compile"), gated, rtol=0, atol=1e-4)
+    assert compiled["unique_graphs"] > 0
+    assert torch.equal(images_of(), baseline)
+
+
+def test_compile_refuses_compiled_and_offloaded_pipelines(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline()
+    run, block = run_of(pipeline), pipeline.unet.mid_block
+    block.compile(backend="eager")
+    with pytest.raises(UnsupportedError, match="compiled"):
+        METHODS["compile"].check(pipeline, run)
+    del block._compiled_call_impl
+    block._hf_hook = object()
+    with pytest.raises(UnsupportedError, match="offload"):
+        METHODS["compile"].check(pipeline, run)
+
+
+def test_what_cannot_be_fused_or_captured_is_not_offered(make_pipeline: MakePipeline) -> None:
+    from diffusers.models.attention_processor import SlicedAttnProcessor
+
+    pipeline = make_pipeline()
+
+    def offered() -> dict[str, Any]:
+        space = METHODS["compile"].space(pipeline, run_of(pipeline))
+        return {parameter.name: parameter.values() for parameter in space}
+
+    assert offered()["cuda_graphs"] == (False,)
+    assert offered()["fuse_qkv"] == (False, True)
+    pipeline.unet.set_attn_processor(SlicedAttnProcessor(2))
+    assert offered()["fuse_qkv"] == (False,)
+
+
+def test_a_machine_without_compilers_compiles_without_generated_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert backend("cpu") == backend("cuda") == "eager"
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "my-c++" else None)
+    monkeypatch.setenv("CXX", "my-c++")
+    assert backend("cpu") == "inductor"
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "deepcache": {"cache_interval": 2, "cache_branch_id": 1},
+    "tgate": {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 0},
+    "tome": {"ratio": 0.5, "max_downsample": 2},
+}
+SUBSETS = [
+    [],
+    ["deepcache"],
+    ["tgate"],
+    ["tome"],
+    ["deepcache", "tgate"],
+    ["deepcache", "tome"],
+    ["tgate", "tome"],
+    ["deepcache", "tgate", "tome"],
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["eager", "default"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("names", SUBSETS, ids=lambda names: "+".join(names) or "alone")
+def test_graphs_replay_what_the_methods_would_compute(
+    make_pipeline: MakePipeline, kind: str, names: list[str], mode: str
+) -> None:
+    pipeline = make_pipeline(kind).to("cuda")
+    run = run_of(pipeline, 6)
+    params = {name: value for one in names for name, value in SETTINGS[one].items()}
+    baseline = images(pipeline, steps=6)
+    with applied(pipeline, params, names, run):
+        expected = images(pipeline, steps=6)
+        other = images(pipeline, ["a blue square", "a green star"], seed=9, height=48, steps=7)
+    for _ in range(2):  # captured, then replayed in an application of its own
+        with applied(pipeline, params | {"mode": mode}, [*names, "compile"], run):
+            for _ in range(2):
+                close(images(pipeline, steps=6), expected)
+                close(
+                    images(pipeline, ["a blue square", "a green star"], seed=9, height=48, steps=7),
+                    other,
+                )
+    assert torch.equal(images(pipeline, steps=6), baseline)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_settings_that_share_graphs_do_not_share_what_they_keep(
+    make_pipeline: MakePipeline,
+) -> None:
+    pipeline = make_pipeline().to("cuda")
+    run = run_of(pipeline, 6)
+    names = ["deepcache", "tgate"]
+    settings = [
+        {"cache_interval": interval, "gate_step": gate, "sp_interval": 2, "warm_up": 1}
+        for interval in (2, 3, 5)
+        for gate in (3, 5, 6)
+    ]
+    expected = []
+    for params in settings:
+        with applied(pipeline, params, names, run):
+            expected.append(images(pipeline, steps=6))
+    for _ in range(2):
+        for params, image in zip(settings, expected, strict=True):
+            with applied(pipeline, params | NO_MODE, [*names, "compile"], run):
+                close(images(pipeline, steps=6), image)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_no_step_of_captured_deepcache_waits_for_the_gpu(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline().to("cuda")
+    waits = []
+
+    def callback(_: Any, index: int, __: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        # Inside the loop alone: the images are brought to the CPU after it.
+        torch.cuda.set_sync_debug_mode("error" if index < 4 else "default")
+        waits.append(index)
+        return arguments
+
+    with applied(
+        pipeline, {"cache_interval": 2, **NO_MODE}, ["deepcache", "compile"], run_of(pipeline)
+    ):
+        images(pipeline)
+        try:
+            images(pipeline, callback_on_step_end=callback)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert waits == [0, 1, 2, 3, 4]
+
+
+def close(accelerated: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(accelerated, expected, rtol=0, atol=2e-3)
