@@ -133,7 +133,8 @@ class Compile(AccelerationMethod):
     def space(self, pipeline: DiffusionPipeline, run: Run) -> tuple[Parameter, ...]:
         """The choices that this device and these attentions leave."""
         denoiser = denoiser_of(pipeline, self.name, self.pipelines)
-        on_gpu, fusible = pipeline.device.type == "cuda", _fusible(denoiser)
+        # "meta" stands for a pipeline that is anywhere.
+        on_gpu, fusible = pipeline.device.type in ("cuda", "meta"), _fusible(denoiser)
         return (
             _MODE,
             _LAYOUT,
