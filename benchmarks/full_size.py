@@ -83,28 +83,27 @@ def settings(pipeline: str) -> list[Setting]:
     """The rows of one pipeline; the more expensive one gets fewer."""
     rows = [
         Setting("25 steps", otherwise=lambda pipe: fewer_steps(pipe, 25)),
-        Setting("17 steps", otherwise=lambda pipe: fewer_steps(pipe, 17)),
         Setting(LIBRARY, otherwise=helper),
         ours("deepcache"),
         ours("tome"),
         ours("tgate"),
         ours("compile"),
         ours("compile", "deepcache"),
-        ours("compile", "tgate"),
-        ours("deepcache", "tgate"),
-        ours("compile", "deepcache", "tgate"),
         ours("compile", "deepcache", "tgate", "tome"),
     ]
     if pipeline == "StableDiffusionPipeline":
         rows += [
-            ours("compile", mode="eager"),
+            Setting("17 steps", otherwise=lambda pipe: fewer_steps(pipe, 17)),
             ours("compile", "deepcache", mode="eager"),
+            ours("compile", "tgate"),
             ours("compile", "tome"),
+            ours("deepcache", "tgate"),
             ours("deepcache", "tome"),
             ours("tgate", "tome"),
-            ours("deepcache", "tgate", "tome"),
+            ours("compile", "deepcache", "tgate"),
             ours("compile", "deepcache", "tome"),
             ours("compile", "tgate", "tome"),
+            ours("deepcache", "tgate", "tome"),
         ]
     return rows
 
@@ -325,6 +324,17 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
             f"\n{COMPILED} is {compiled / library:.2f}x as fast as {LIBRARY}; "
             f"PSNR between their images {result['psnr_db']:.1f} dB"
         )
+    if options.profile:
+        profiles = {
+            one.name: profiled(pipeline, configuration, one)
+            for one in settings(name)
+            if one.name in images
+        }
+        result["profile_s"] = profiles
+        print(f"\n| where the time goes, s | {' | '.join(profiles)} |")
+        print("|---|" + "---|" * len(profiles))
+        for kind in [*KERNELS, "other kernels", "GPU idle", "in all"]:
+            print(f"| {kind} | {' | '.join(f'{one[kind]:.3f}' for one in profiles.values())} |")
     if device.type == "cuda" and not options.only:
         print("\n| library by hand | plain loop | this product | ratio |\n|---|---|---|---|")
         for label, by_hand, told in (
@@ -338,6 +348,61 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
                 f"| {label} | {plain:.3f}x | {product:.3f}x | {product / plain:.3f} |", flush=True
             )
     return result
+
+
+# What a kernel's name says of what it does; the first that fits.
+KERNELS = {
+    "attention": ("sdpa", "flash", "fmha", "attention"),
+    "convolution": ("fprop", "conv", "implicit_gemm", "winograd"),
+    "matrix product": ("gemm", "nvjet", "cutlass", "_mm"),
+    "compiled normalisation and elementwise": ("triton",),
+    "copy and concatenation": ("copy", "Cat", "Memcpy", "Memset"),
+}
+
+
+def profiled(pipeline: Any, configuration: Configuration, setting: Setting) -> dict[str, float]:
+    """Where the seconds of one call go, by kind of kernel, and for how long the GPU is idle."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with way(pipeline, setting):
+        for _ in range(2):
+            start = time.perf_counter()
+            image(pipeline, configuration)
+            torch.cuda.synchronize()
+            wall_s = time.perf_counter() - start
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            image(pipeline, configuration)
+            torch.cuda.synchronize()
+    seconds = dict.fromkeys([*KERNELS, "other kernels"], 0.0)
+    for event in profiler.key_averages():
+        kind = next(
+            (kind for kind, parts in KERNELS.items() if any(part in event.key for part in parts)),
+            "other kernels",
+        )
+        seconds[kind] += event.self_device_time_total / 1e6
+    return seconds | {"GPU idle": wall_s - sum(seconds.values()), "in all": wall_s}
+
+
+def bundled(device: torch.device) -> None:
+    """PSNR between the bundled model's images by DeepCache's helper and by ours, compiled."""
+    from accelsearch.configuration import load_plan
+    from accelsearch.pipelines import load
+
+    plan = Path(__file__).parent.parent / "studies" / "shapes-demo.toml"
+    for dtype in ("float32", "float16"):
+        overrides = {"steps": [50], "dtype": dtype, "device": str(device), "methods": [[]]}
+        configuration = load_plan(plan, {**overrides, "space": {}}).configurations()[0]
+        pipeline: Any = load(configuration)
+        pipeline.run = run_of(configuration)
+        with helper(pipeline):
+            library = image(pipeline, configuration)
+        with way(pipeline, ours("compile", "deepcache")):
+            compiled = image(pipeline, configuration)
+        each = [psnr(one[None], other[None]) for one, other in zip(library, compiled, strict=True)]
+        print(
+            f"\nbundled model, {dtype}, {len(each)} images, 50 steps, {COMPILED} against {LIBRARY}: "
+            f"PSNR {sum(each) / len(each):.1f} dB, the least {min(each):.1f} dB"
+        )
 
 
 def toys() -> None:
@@ -367,6 +432,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, help="images a call; 4 for SD, 1 for SDXL")
     parser.add_argument("--only", action="append", help="a row's name; repeatable")
+    parser.add_argument("--profile", action="store_true", help="where DeepCache's time goes")
+    parser.add_argument("--bundled", action="store_true", help="compare images of that model too")
     parser.add_argument("--dry-run", action="store_true", help="toys of these shapes, anywhere")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args()
@@ -380,6 +447,8 @@ def main() -> int:
     print(json.dumps(environment.to_dict()))
     with torch.no_grad():
         found = [benchmark(name, options, device) for name in options.pipeline or KINDS]
+        if options.bundled:
+            bundled(device)
     if options.out:
         options.out.write_text(
             json.dumps({"environment": environment.to_dict(), "pipelines": found}, indent=1)

@@ -43,6 +43,10 @@ _EAGER = "eager"
 _GRAPHS = 64  # captured at most, of one module: a call needs a few, an old setting's are let go
 _RECOMPILATIONS = 256  # of one function: a UNet has some twenty shapes of resnet alone
 
+# Inductor's own heuristic leaves a region of few convolutions in the layout that it comes in, and
+# convolutions then copy their input at every call.
+_OPTIONS = {"force_layout_optimization": True, "conv_1x1_as_mm": True}
+
 _MODE = Parameter(
     name="mode",
     kind="choice",
@@ -392,8 +396,9 @@ def _compiled(parts: tuple[Any, ...], mode: str, backend: str) -> Iterator[None]
 
     # Names and defaults of the limit differ between versions; past it, torch falls back silently.
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    # A backend that generates no code has no modes.
-    options: dict[str, Any] = {"mode": mode} if backend == "inductor" else {"backend": backend}
+    how: dict[str, Any] = {"backend": backend, "dynamic": False}  # open sizes cost speed
+    if backend == "inductor":
+        how["options"] = {**torch._inductor.list_mode_options(mode), **_OPTIONS}
     denoiser, *decoders = parts
     regions = list(_regions(denoiser))
     with (
@@ -402,10 +407,9 @@ def _compiled(parts: tuple[Any, ...], mode: str, backend: str) -> Iterator[None]
         config.patch({limit: _RECOMPILATIONS}),
     ):
         for region in regions:
-            # Once for each shape: sizes that are left open cost speed.
-            region.compile(dynamic=False, **options)
+            region.compile(**how)
         for decoder in decoders:
-            decoder.forward = torch.compile(decoder.forward, dynamic=False, **options)
+            decoder.forward = torch.compile(decoder.forward, **how)
         yield
 
 

@@ -202,19 +202,23 @@ def test_graphs_replay_what_the_methods_would_compute(
     pipeline = make_pipeline(kind).to("cuda")
     run = run_of(pipeline, 6)
     params = {name: value for one in names for name, value in SETTINGS[one].items()}
-    baseline = images(pipeline, steps=6)
+
+    def both() -> list[torch.Tensor]:
+        two = ["a blue square", "a green star"]
+        return [
+            images(pipeline, steps=6),
+            images(pipeline, two, seed=9, height=48, steps=7),
+        ]
+
+    baseline = both()
     with applied(pipeline, params, names, run):
-        expected = images(pipeline, steps=6)
-        other = images(pipeline, ["a blue square", "a green star"], seed=9, height=48, steps=7)
+        expected = both()
     for _ in range(2):  # captured, then replayed in an application of its own
         with applied(pipeline, params | {"mode": mode}, [*names, "compile"], run):
-            for _ in range(2):
-                close(images(pipeline, steps=6), expected)
-                close(
-                    images(pipeline, ["a blue square", "a green star"], seed=9, height=48, steps=7),
-                    other,
-                )
-    assert torch.equal(images(pipeline, steps=6), baseline)
+            for accelerated in (both(), both()):
+                for one in zip(accelerated, expected, baseline, strict=True):
+                    close(*one)
+    assert all(torch.equal(*one) for one in zip(both(), baseline, strict=True))
 
 
 @pytest.mark.gpu
@@ -230,6 +234,7 @@ def test_settings_that_share_graphs_do_not_share_what_they_keep(
         for interval in (2, 3, 5)
         for gate in (3, 5, 6)
     ]
+    baseline = images(pipeline, steps=6)
     expected = []
     for params in settings:
         with applied(pipeline, params, names, run):
@@ -237,7 +242,7 @@ def test_settings_that_share_graphs_do_not_share_what_they_keep(
     for _ in range(2):
         for params, image in zip(settings, expected, strict=True):
             with applied(pipeline, params | NO_MODE, [*names, "compile"], run):
-                close(images(pipeline, steps=6), image)
+                close(images(pipeline, steps=6), image, baseline)
 
 
 @pytest.mark.gpu
@@ -263,5 +268,9 @@ def test_no_step_of_captured_deepcache_waits_for_the_gpu(make_pipeline: MakePipe
     assert waits == [0, 1, 2, 3, 4]
 
 
-def close(accelerated: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(accelerated, expected, rtol=0, atol=2e-3)
+def close(accelerated: torch.Tensor, expected: torch.Tensor, baseline: torch.Tensor) -> None:
+    """Up to rounding, which may turn a choice of ToMe's, and far closer than to the baseline."""
+    error = (accelerated - expected).abs().mean()
+    assert error < 1e-3
+    if not torch.equal(expected, baseline):
+        assert error < 0.1 * (expected - baseline).abs().mean()
