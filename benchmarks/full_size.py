@@ -302,7 +302,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
     )
     rows, images = [], {}
     for setting in settings(name):
-        if options.only and setting.name not in options.only:
+        if options.row and setting.name not in options.row:
             continue
         timing = measured(pipeline, configuration, setting)
         rows.append(row(setting, timing, pipeline))
@@ -335,7 +335,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
         print("|---|" + "---|" * len(profiles))
         for kind in [*KERNELS, "other kernels", "GPU idle", "in all"]:
             print(f"| {kind} | {' | '.join(f'{one[kind]:.3f}' for one in profiles.values())} |")
-    if device.type == "cuda" and not options.only:
+    if device.type == "cuda" and not options.row:
         print("\n| library by hand | plain loop | this product | ratio |\n|---|---|---|---|")
         for label, by_hand, told in (
             ("DeepCache", helper, LIBRARY),
@@ -400,8 +400,8 @@ def bundled(device: torch.device) -> None:
             compiled = image(pipeline, configuration)
         each = [psnr(one[None], other[None]) for one, other in zip(library, compiled, strict=True)]
         print(
-            f"\nbundled model, {dtype}, {len(each)} images, 50 steps, {COMPILED} against {LIBRARY}: "
-            f"PSNR {sum(each) / len(each):.1f} dB, the least {min(each):.1f} dB"
+            f"\nbundled model, {dtype}, {len(each)} images, 50 steps, "
+            f"{COMPILED} against {LIBRARY}: PSNR {sum(each) / len(each):.1f} dB, the least {min(each):.1f} dB"
         )
 
 
@@ -431,7 +431,7 @@ def main() -> int:
     parser.add_argument("--pipeline", choices=KINDS, action="append")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, help="images a call; 4 for SD, 1 for SDXL")
-    parser.add_argument("--only", action="append", help="a row's name; repeatable")
+    parser.add_argument("--row", action="append", help="a row by its name; repeatable")
     parser.add_argument("--profile", action="store_true", help="where DeepCache's time goes")
     parser.add_argument("--bundled", action="store_true", help="compare images of that model too")
     parser.add_argument("--dry-run", action="store_true", help="toys of these shapes, anywhere")
