@@ -324,7 +324,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
             f"\n{COMPILED} is {compiled / library:.2f}x as fast as {LIBRARY}; "
             f"PSNR between their images {result['psnr_db']:.1f} dB"
         )
-    if options.profile:
+    if options.profile and device.type == "cuda":
         profiles = {
             one.name: profiled(pipeline, configuration, one)
             for one in settings(name)
@@ -401,7 +401,8 @@ def bundled(device: torch.device) -> None:
         each = [psnr(one[None], other[None]) for one, other in zip(library, compiled, strict=True)]
         print(
             f"\nbundled model, {dtype}, {len(each)} images, 50 steps, "
-            f"{COMPILED} against {LIBRARY}: PSNR {sum(each) / len(each):.1f} dB, the least {min(each):.1f} dB"
+            f"{COMPILED} against {LIBRARY}: "
+            f"PSNR {sum(each) / len(each):.1f} dB, the least {min(each):.1f} dB"
         )
 
 
