@@ -43,10 +43,6 @@ _EAGER = "eager"
 _GRAPHS = 64  # captured at most, of one module: a call needs a few, an old setting's are let go
 _RECOMPILATIONS = 256  # of one function: a UNet has some twenty shapes of resnet alone
 
-# Inductor's own heuristic leaves a region of few convolutions in the layout that it comes in, and
-# convolutions then copy their input at every call.
-_OPTIONS = {"force_layout_optimization": True, "conv_1x1_as_mm": True}
-
 _MODE = Parameter(
     name="mode",
     kind="choice",
@@ -396,9 +392,9 @@ def _compiled(parts: tuple[Any, ...], mode: str, backend: str) -> Iterator[None]
 
     # Names and defaults of the limit differ between versions; past it, torch falls back silently.
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    how: dict[str, Any] = {"backend": backend, "dynamic": False}  # open sizes cost speed
-    if backend == "inductor":
-        how["options"] = {**torch._inductor.list_mode_options(mode), **_OPTIONS}
+    # A backend that generates no code has no modes. Sizes that are left open cost speed.
+    how: dict[str, Any] = {"mode": mode} if backend == "inductor" else {"backend": backend}
+    how["dynamic"] = False
     denoiser, *decoders = parts
     regions = list(_regions(denoiser))
     with (
@@ -419,8 +415,16 @@ def _regions(module: Any) -> Iterator[Any]:
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from torch.nn import GroupNorm
 
-    kinds = (Transformer2DModel, BasicTransformerBlock, ResnetBlock2D, Attention, FeedForward)
+    kinds = (
+        Transformer2DModel,
+        BasicTransformerBlock,
+        ResnetBlock2D,
+        Attention,
+        FeedForward,
+        GroupNorm,  # torch's own copies what lies channels last
+    )
     if isinstance(module, kinds) and not any(_is_changed(one) for one in module.modules()):
         yield module
         return

@@ -122,11 +122,10 @@ class DeepCache(AccelerationMethod):
                 return unet_forward(*args, **kwargs)
 
         beginning = unet.register_forward_pre_hook(begin)
-        with restored((unet, cut.source), "forward"):
+        with restored((unet,), "forward"), cut.tapped(kept):
             try:
                 unet_forward = unet.forward
                 unet.forward = forward
-                cut.source.forward = _kept_output(cut.source, kept)
                 yield lambda: (branch, is_full)
             finally:
                 beginning.remove()
@@ -148,7 +147,33 @@ class _Cut(NamedTuple):
 
     unet: Any
     source: Any
+    siblings: Any  # the list of layers that the source is in; None where it is a whole block
     lists: tuple[tuple[Any, dict[str, Any]], ...]  # module, and what replaces its children
+
+    @contextmanager
+    def tapped(self, kept: Kept) -> Iterator[None]:
+        """The source with its output kept.
+
+        A layer stays as it is, and can be compiled, inside of one that keeps its output. A block
+        is asked for more than to be called; its forward is replaced.
+        """
+        if self.siblings is None:
+            with restored((self.source,), "forward"):
+                self.source.forward = _kept_output(self.source.forward, kept)
+                yield
+            return
+        from torch.nn import Module
+
+        tap = Module()
+        tap.layer = self.source
+        tap.forward = _kept_output(self.source, kept)
+        layers = self.siblings._modules
+        place = next(name for name, layer in layers.items() if layer is self.source)
+        try:
+            layers[place] = tap
+            yield
+        finally:
+            layers[place] = self.source
 
     @contextmanager
     def made(self, kept: Kept) -> Iterator[None]:
@@ -201,13 +226,13 @@ def _cut(unet: Any, branch: int) -> _Cut:
     )
     if first_layer > 0:
         layers = getattr(up, "attentions", None) or up.resnets
-        return _Cut(unet, layers[first_layer - 1], lists)
-    return _Cut(unet, unet.up_blocks[first_up - 1] if first_up > 0 else unet.mid_block, lists)
+        return _Cut(unet, layers[first_layer - 1], layers, lists)
+    source = unet.up_blocks[first_up - 1] if first_up > 0 else unet.mid_block
+    return _Cut(unet, source, None, lists)
 
 
-def _kept_output(module: Any, kept: Kept) -> Any:
-    """The module's forward that keeps its output."""
-    forward = module.forward
+def _kept_output(forward: Any, kept: Kept) -> Any:
+    """What a module computes, with its output kept."""
 
     def keeping(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)

@@ -43,14 +43,15 @@ def test_parts_that_no_other_method_works_in_are_compiled_whole(
     make_pipeline: MakePipeline,
 ) -> None:
     pipeline = make_pipeline()
-    assert kinds(pipeline) == ["ResnetBlock2D", "Transformer2DModel"]
-    with apply("deepcache", pipeline, cache_branch_id=0):
-        # The one whose output is kept has a forward of its own.
-        assert kinds(pipeline) == ["BasicTransformerBlock", "ResnetBlock2D", "Transformer2DModel"]
+    whole = ["GroupNorm", "ResnetBlock2D", "Transformer2DModel"]
+    assert kinds(pipeline) == whole
+    for branch in range(12):
+        with apply("deepcache", pipeline, cache_branch_id=branch):
+            assert kinds(pipeline) == whole
     with apply("tome", pipeline):
-        assert kinds(pipeline) == ["Attention", "FeedForward", "ResnetBlock2D"]
+        assert kinds(pipeline) == ["Attention", "FeedForward", "GroupNorm", "ResnetBlock2D"]
     with apply("tgate", pipeline):
-        assert kinds(pipeline) == ["FeedForward", "ResnetBlock2D"]
+        assert kinds(pipeline) == ["FeedForward", "GroupNorm", "ResnetBlock2D"]
     block = next(iter(_regions(pipeline.unet)))
     hook = block.register_forward_hook(lambda *_: None)
     assert block not in list(_regions(pipeline.unet))
