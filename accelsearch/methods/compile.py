@@ -167,7 +167,8 @@ class Compile(AccelerationMethod):
                 if params["fuse_qkv"]:
                     stack.enter_context(_fused_projections(denoiser, prepared))
                 if mode != _EAGER:
-                    stack.enter_context(_compiled(parts, mode, backend(pipeline.device.type)))
+                    how = backend(pipeline.device.type)
+                    stack.enter_context(_compiled(parts, prepared, mode, how))
                 if params["cuda_graphs"]:
                     setting = tuple(params.values())
                     stack.enter_context(_timesteps_on_the_host(pipeline.scheduler))
@@ -223,7 +224,7 @@ class _Graphs:
         if shapes not in self.inputs:
             device = call[0][0].device
             self.inputs[shapes] = map_tensors(
-                lambda tensor: torch.empty_like(tensor, device=device), call
+                lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device), call
             )
         inputs = self.inputs[shapes]
         _copy(call, inputs)
@@ -272,7 +273,18 @@ class _Prepared:
     applied: bool = False
     rearranged: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)  # by parameter
     fused: dict[Any, dict[str, Any]] = field(default_factory=dict)  # attention -> projections
+    code: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)  # by module and mode
     graphs: dict[str, _Graphs] = field(default_factory=dict)  # by part
+
+    def compiled(self, module: Any, call: Callable[..., Any], mode: str, how: str) -> Any:
+        """The call, compiled; the same object each time, since torch knows its code by that."""
+        import torch
+
+        if (module, mode, how) not in self.code:
+            # A backend that generates no code has no modes. Sizes left open would cost speed.
+            options: dict[str, Any] = {"mode": mode} if how == "inductor" else {"backend": how}
+            self.code[module, mode, how] = torch.compile(call, dynamic=False, **options)
+        return self.code[module, mode, how]
 
     @property
     def held_bytes(self) -> int:
@@ -385,16 +397,12 @@ def _fused_projections(denoiser: Any, prepared: _Prepared) -> Iterator[None]:
 
 
 @contextmanager
-def _compiled(parts: tuple[Any, ...], mode: str, backend: str) -> Iterator[None]:
-    """Compile the regions of each part; a decoder as a whole, being called once."""
-    import torch
+def _compiled(parts: tuple[Any, ...], prepared: _Prepared, mode: str, how: str) -> Iterator[None]:
+    """Compile the regions of the denoiser, and a decoder as a whole, being called once."""
     from torch._dynamo import config
 
     # Names and defaults of the limit differ between versions; past it, torch falls back silently.
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    # A backend that generates no code has no modes. Sizes that are left open cost speed.
-    how: dict[str, Any] = {"mode": mode} if backend == "inductor" else {"backend": backend}
-    how["dynamic"] = False
     denoiser, *decoders = parts
     regions = list(_regions(denoiser))
     with (
@@ -403,9 +411,9 @@ def _compiled(parts: tuple[Any, ...], mode: str, backend: str) -> Iterator[None]
         config.patch({limit: _RECOMPILATIONS}),
     ):
         for region in regions:
-            region.compile(**how)
+            region._compiled_call_impl = prepared.compiled(region, region._call_impl, mode, how)
         for decoder in decoders:
-            decoder.forward = torch.compile(decoder.forward, **how)
+            decoder.forward = prepared.compiled(decoder, decoder.forward, mode, how)
         yield
 
 
@@ -499,11 +507,14 @@ def _timesteps_on_the_host(scheduler: Any) -> Iterator[None]:
 
 
 def _described(value: Any) -> Hashable:
-    """All of a call's arguments that a graph is captured with, but for what the tensors hold."""
+    """All of a call's arguments that a graph is captured with, but for what the tensors hold.
+
+    Their layouts neither: they change in the first steps, and the graph's inputs have one.
+    """
     import torch
 
     if isinstance(value, torch.Tensor):
-        return (tuple(value.shape), value.stride(), value.dtype)
+        return (tuple(value.shape), value.dtype)
     if isinstance(value, tuple | list):
         return tuple(_described(one) for one in value)
     if isinstance(value, dict):
