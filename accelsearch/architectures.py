@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelsearch.errors import ModelError, nearest
-from accelsearch.methods.base import Run
+from accelsearch.errors import ModelError, UnsupportedError, nearest
+from accelsearch.methods import METHODS, Parameter, Run
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-__all__ = ["ARCHITECTURES", "Architecture", "build", "run_of"]
+__all__ = ["ARCHITECTURES", "Architecture", "build", "run_of", "spaces_of"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,6 @@ def build(
             f"{nearest(pipeline, ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[pipeline]
-    pipeline_class = getattr(diffusers, pipeline)
     torch.manual_seed(seed)
     # On the device itself: a billion random numbers take minutes on a CPU.
     with quiet(), device:
@@ -161,7 +160,7 @@ def build(
     elif pipeline == "StableDiffusionXLPipeline":
         parts |= {"text_encoder_2": None, "tokenizer_2": None}
     with quiet():
-        made: DiffusionPipeline = pipeline_class(
+        made: DiffusionPipeline = getattr(diffusers, pipeline)(
             **{part: denoiser, "vae": vae, "scheduler": scheduler}, **parts
         )
     made.set_progress_bar_config(disable=True)
@@ -180,3 +179,25 @@ def run_of(pipeline: str, *, steps: int = 50, batch_size: int = 1, seed: int = 0
         scheduler="DDIMScheduler",
         seed=seed,
     )
+
+
+def spaces_of(
+    pipeline: str, steps: int = 50
+) -> tuple[dict[str, tuple[Parameter, ...]], dict[str, str]]:
+    """What each method can do on that pipeline at full size, and why the others can do nothing.
+
+    Raises:
+        ModelError: no architecture of that name is known here.
+    """
+    import torch
+
+    made = build(pipeline, torch.device("meta"), torch.float16)
+    run = run_of(pipeline, steps=steps)
+    spaces, refused = {}, {}
+    for name, method in METHODS.items():
+        try:
+            method.check(made, run)
+            spaces[name] = method.space(made, run)
+        except UnsupportedError as error:
+            refused[name] = str(error)
+    return spaces, refused

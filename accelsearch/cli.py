@@ -133,6 +133,8 @@ def measure(
         result = bench.measure({**bench.defaults(), **params}, score=score)
     latency = result.measurement.latency
     interval = latency.interval()
+    if latency.slower:
+        _complain("this setting is slower than no acceleration at all on this device")
     _print_json(
         {
             "methods": list(configuration.methods),
@@ -153,29 +155,45 @@ def measure(
     return 0
 
 
-@app.command(epilog="Example: accelsearch methods")
-def methods(as_json: Json = False) -> int:
+@app.command(epilog="Example: accelsearch methods --pipeline StableDiffusionXLPipeline")
+def methods(
+    pipeline: Annotated[
+        str | None, typer.Option(help="A pipeline class: what applies to it, at its full size.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of that pipeline's calls.")] = 50,
+    as_json: Json = False,
+) -> int:
     """List the acceleration methods with their parameters."""
     from dataclasses import asdict
 
     from accelsearch.methods import METHODS
 
+    spaces = {name: method.parameters for name, method in METHODS.items()}
+    refused: dict[str, str] = {}
+    if pipeline is not None:
+        from accelsearch.architectures import spaces_of
+
+        spaces, refused = spaces_of(pipeline, steps)
     if as_json:
-        _print_json(
-            {name: [asdict(one) for one in method.parameters] for name, method in METHODS.items()}
-        )
+        _print_json({name: [asdict(one) for one in space] for name, space in spaces.items()})
         return 0
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("method", "parameter", "range", "default", "meaning")
-    for name, method in METHODS.items():
-        for index, one in enumerate(method.parameters):
-            first = name if index == 0 else ""
-            table.add_row(
-                first, one.name, one.range, str(one.default), f"{one.meaning}\n[dim]{one.source}[/]"
-            )
-        table.add_section()
-    _stdout().print(table)
+    console = _stdout()
+    for name, space in spaces.items():
+        console.print(f"[bold]{name}[/]  {', '.join(METHODS[name].pipelines)}")
+        table = Table(box=SIMPLE_HEAD)
+        for column in ("parameter", "range", "default", "meaning"):
+            table.add_column(column, overflow="fold")
+        for one in space:
+            fixed = " Kept at its default unless a plan's space frees it." if one.fixed else ""
+            meaning = f"{one.meaning}{fixed}\n[dim]{one.source}[/]"
+            table.add_row(one.name, one.range, str(one.default), meaning)
+        console.print(table)
+    for name, why in refused.items():
+        console.print(f"[bold]{name}[/]  does not apply: {escape(why)}")
     return 0
 
 

@@ -52,8 +52,13 @@ def settings(params: Mapping[str, ParamValue]) -> str:
 
 def told(trial: StoredTrial) -> str:
     """One trial in one line."""
-    speed = "" if trial.speedup is None else f"{trial.speedup:.2f}x  "
+    speed = "" if trial.speedup is None else f"{trial.speedup:.2f}x{_warning(trial)}  "
     return f"{speed}{settings(trial.params)}: {trial.outcome.value} ({trial.reason})"
+
+
+def _warning(trial: StoredTrial) -> str:
+    slower = trial.measurement is not None and trial.measurement.latency.slower
+    return " (slower than no acceleration)" if slower else ""
 
 
 class PlainProgress:
@@ -209,7 +214,7 @@ def _speedup(trial: StoredTrial) -> str:
     assert trial.measurement is not None
     interval = trial.measurement.latency.interval()
     around = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    return f"{trial.speedup:.2f}x{around}"
+    return f"{trial.speedup:.2f}x{around}{_warning(trial)}"
 
 
 def _losses(trial: StoredTrial, configuration: Configuration) -> str:

@@ -17,6 +17,7 @@ from accelsearch import pipelines
 from accelsearch.configuration import SHAPES
 from accelsearch.errors import AccelSearchError, StorageError
 from accelsearch.methods import METHODS
+from accelsearch.methods.compile import backend
 from accelsearch.storage import exists, open_storage, read_studies, redacted
 
 __all__ = ["Finding", "examine"]
@@ -40,6 +41,7 @@ def examine(storage: str) -> tuple[Finding, ...]:
         *(_library(name) for name in libraries),
         _gpu(),
         *(_method(name) for name in METHODS),
+        _compiler(),
         _checked("bundled model", _bundled),
         _checked("storage", lambda: _storage(storage)),
         _dashboard(),
@@ -63,6 +65,17 @@ def _gpu() -> Finding:
     if shutil.which("nvidia-smi"):
         told += ". There is an NVIDIA driver: install a CUDA build of torch"
     return Finding("gpu", False, told, needed=False)
+
+
+def _compiler() -> Finding:
+    import torch
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if backend(device_type) == "inductor":
+        return Finding("compiler", True, "torch.compile generates code", needed=False)
+    wanted = "a C compiler and triton" if device_type == "cuda" else "a C++ compiler such as g++"
+    told = f"none that torch.compile can use; method compile gains little. Install {wanted}"
+    return Finding("compiler", False, told, needed=False)
 
 
 def _method(name: str) -> Finding:

@@ -12,6 +12,7 @@ __all__ = [
     "ExportError",
     "ModelError",
     "PlanError",
+    "PluginError",
     "StorageError",
     "TrialError",
     "UnsupportedError",
@@ -44,6 +45,10 @@ class ModelError(AccelSearchError):
 
 class UnsupportedError(AccelSearchError):
     """An acceleration method is asked to serve a pipeline or a setting that it cannot serve."""
+
+
+class PluginError(AccelSearchError):
+    """An installed package says that it adds an acceleration method, but does not."""
 
 
 class StorageError(AccelSearchError):

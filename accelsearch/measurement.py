@@ -127,6 +127,12 @@ class Latency:
         return low, high
 
     @property
+    def slower(self) -> bool:
+        """Whether the accelerated calls are certainly slower: the 95 % interval lies below 1."""
+        interval = self.interval()
+        return interval is not None and interval[1] < 1
+
+    @property
     def baseline_median_s(self) -> float:
         return float(np.median(self.baseline_s))
 

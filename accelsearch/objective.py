@@ -114,9 +114,9 @@ class Bench:
             for parameter in found
         )
 
-    def starts(self) -> list[dict[str, ParamValue]]:
-        """Settings to begin with: all defaults, then each method of a combination alone."""
-        return methods.starts(self.space)
+    def starts(self, known: Iterable[Mapping[str, ParamValue]] = ()) -> list[dict[str, ParamValue]]:
+        """Settings to begin with: known good ones of some of the methods, and then each alone."""
+        return methods.starts(self.space, known)
 
     def defaults(self) -> dict[str, ParamValue]:
         """Each parameter's default within the space."""

@@ -43,6 +43,7 @@ __all__ = [
     "database_errors",
     "exists",
     "open_storage",
+    "read_parts",
     "read_studies",
     "read_study",
     "record",
@@ -297,6 +298,24 @@ def read_studies(
         )
         for name in wanted
     )
+
+
+def read_parts(storage: BaseStorage, configuration: Configuration) -> tuple[StoredStudy, ...]:
+    """The studies that search a part of the configuration's methods, and differ in nothing else.
+
+    On whatever device: what was good there is worth a trial here.
+    """
+    context, methods = configuration.context(), set(configuration.methods)
+    parts = []
+    for study in storage.get_all_studies():
+        stored = study.user_attrs.get(_CONFIGURATION)
+        if stored is None or not methods > set(stored.get("methods", methods)):
+            continue
+        trials = storage.get_all_trials(study._study_id, deepcopy=False)
+        read = _study(study.study_name, study.user_attrs, trials)
+        if read.configuration.context() == context:
+            parts.append(read)
+    return tuple(parts)
 
 
 def read_study(study: optuna.Study) -> StoredStudy:

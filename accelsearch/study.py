@@ -31,6 +31,7 @@ from accelsearch.storage import (
     StoredTrial,
     create_study,
     database_errors,
+    read_parts,
     read_study,
     record,
 )
@@ -125,7 +126,9 @@ def search(
     space = ready.space
     size = _size(space)
     if not _waiting(study):
-        for start in ready.starts():
+        best = (fastest_feasible(part) for part in read_parts(storage, configuration))
+        known = [one.params for one in best if one is not None]
+        for start in ready.starts(known):
             if _setting(start) not in _settings(stored):
                 study.enqueue_trial(start)
     deadline = time.monotonic() + (settings.timeout_s or math.inf)

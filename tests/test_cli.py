@@ -640,16 +640,54 @@ def test_methods_lists_every_parameter(run: Run, monkeypatch: pytest.MonkeyPatch
     ran = run("methods")
     assert ran.code == 0
     assert ran.err == ""
-    rows = [[cell.strip() for cell in line.split("│")] for line in ran.out.splitlines()]
+    lines = ran.out.splitlines()
     for name, method in METHODS.items():
-        assert any(name in row for row in rows)
+        assert f"{name}  {', '.join(method.pipelines)}" in lines
         for parameter in method.parameters:
-            (row,) = [row for row in rows if parameter.name in row]
-            assert {parameter.range, str(parameter.default)} <= set(row)
+            (line,) = [line for line in lines if line.split()[:1] == [parameter.name]]
+            assert parameter.range in line
+            assert parameter.meaning in line
     listed = json.loads(run("methods", "--json").out)
     assert {name: [one["name"] for one in listed[name]] for name in listed} == {
         name: [one.name for one in method.parameters] for name, method in METHODS.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "served", "branches"),
+    [
+        ("StableDiffusionPipeline", ["tome", "tgate", "deepcache", "compile"], 11),
+        ("StableDiffusionXLPipeline", ["tome", "tgate", "deepcache", "compile"], 8),
+        ("PixArtSigmaPipeline", ["tgate", "compile"], None),
+    ],
+)
+def test_methods_of_a_pipeline_are_those_that_apply_with_what_makes_a_difference(
+    run: Run, monkeypatch: pytest.MonkeyPatch, pipeline: str, served: list[str], branches: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    listed = json.loads(run("methods", "--pipeline", pipeline, "--json", "--steps", "8").out)
+    assert list(listed) == served
+    ranges = {one["name"]: one for space in listed.values() for one in space}
+    assert ranges["gate_step"]["high"] == 7
+    assert ranges.get("cache_branch_id", {}).get("high") == branches
+    out = run("methods", "--pipeline", pipeline).out
+    for name in METHODS.keys() - set(served):
+        assert f"{name}  does not apply: {name} needs a StableDiffusionPipeline or" in out
+
+
+def test_methods_of_an_unknown_pipeline_are_an_error(run: Run) -> None:
+    said = run("methods", "--pipeline", "SDXL").said_one_line()
+    assert "got 'SDXL'" in said
+    assert "StableDiffusionXLPipeline" in said
+
+
+def test_a_setting_that_slows_the_pipeline_down_is_said_to(
+    run: Run, write_plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelsearch.measurement.Latency.slower", True)
+    ran = run("measure", write_plan(), "--no-score")
+    assert ran.code == 0
+    assert "accelsearch: this setting is slower than no acceleration at all" in ran.err
 
 
 def test_doctor_tells_what_works(run: Run, tmp_path: Path) -> None:

@@ -268,3 +268,8 @@ def test_the_table_fits_a_narrow_place_and_loses_nothing(make_study: MakeStudy) 
     console.print(bounds_table([Found(make_study(FEASIBLE), "")]))
     assert "…" not in shown(console)
     assert max(map(len, shown(console).splitlines())) <= 60
+
+
+def test_a_trial_that_is_slower_than_no_acceleration_is_told_so() -> None:
+    assert "slower" not in told(FEASIBLE)
+    assert told(trial(3, speedup=0.8)).startswith("0.80x (slower than no acceleration)  ")

@@ -147,3 +147,14 @@ def test_what_the_file_system_says_is_a_finding(url: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "exists", denied)
     found = finding("storage", url)
     assert (found.ok, "Permission denied" in found.told) == (False, True)
+
+
+def test_a_machine_without_compilers_is_told_what_to_install(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "backend", lambda device_type: "inductor")
+    assert finding("compiler", url).ok
+    monkeypatch.setattr(doctor, "backend", lambda device_type: "eager")
+    none = finding("compiler", url)
+    assert (none.ok, none.needed) == (False, False)
+    assert "Install a C" in none.told

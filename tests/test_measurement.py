@@ -349,3 +349,10 @@ def test_an_environment_is_identified_by_every_field() -> None:
         for field, value in changes.items()
     }
     assert len(identities | {identity}) == len(changes) + 1
+
+
+def test_slower_is_told_only_where_it_is_certain() -> None:
+    assert Latency((1.0,) * 6, (1.1, 1.2, 1.1, 1.2, 1.1, 1.2)).slower
+    assert not Latency((1.0,) * 6, (0.9, 1.2, 1.1, 1.2, 1.1, 1.2)).slower
+    assert not Latency((1.0,) * 5, (2.0,) * 5).slower  # too few for an interval
+    assert not Latency((1.0,) * 6, (0.5,) * 6).slower

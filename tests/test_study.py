@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +67,7 @@ class Stand:
         self.measured: list[dict[str, ParamValue]] = []
         self.incumbents: list[float | None] = []
         self.scored: list[dict[str, ParamValue]] = []
+        self.known: list[dict[str, ParamValue]] = []
 
     def __call__(self, configuration: Any, say: Callable[[str], None]) -> Any:
         self.configuration = configuration
@@ -74,7 +75,8 @@ class Stand:
         say("loading")
         return self
 
-    def starts(self) -> list[dict[str, ParamValue]]:
+    def starts(self, known: Iterable[Mapping[str, ParamValue]] = ()) -> list[dict[str, ParamValue]]:
+        self.known = [dict(params) for params in known]
         return [self.defaults()]
 
     def defaults(self) -> dict[str, ParamValue]:
@@ -771,6 +773,21 @@ def test_progress_is_told_in_order(lab: Lab) -> None:
         "failed",
         "the limit of 2 trials",
     ]
+
+
+def test_a_combination_starts_from_what_its_parts_found(lab: Lab) -> None:
+    part = lab.search(Stand(), methods=("deepcache",), trials=6)
+    assert part.best is not None
+    whole = Stand()
+    lab.search(whole, methods=("deepcache", "tome"), trials=1)
+    assert whole.known == [part.best.params]
+    for methods in (("deepcache",), ("tgate", "tome")):
+        other = Stand()
+        lab.search(other, methods=methods, trials=7)
+        assert other.known == []
+    elsewhere = Stand()
+    lab.search(elsewhere, methods=("deepcache", "tome"), trials=1, seed=4)
+    assert elsewhere.known == []
 
 
 def test_nothing_feasible_has_no_best(lab: Lab) -> None:

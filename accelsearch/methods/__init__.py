@@ -11,6 +11,7 @@ from accelsearch.errors import PlanError, UnsupportedError, nearest
 from accelsearch.methods.base import AccelerationMethod, Parameter, Run, Value
 from accelsearch.methods.compile import Compile
 from accelsearch.methods.deepcache import DeepCache
+from accelsearch.methods.plugins import installed
 from accelsearch.methods.tgate import TGate
 from accelsearch.methods.tome import ToMe
 
@@ -31,15 +32,17 @@ __all__ = [
     "starts",
 ]
 
+_INSIDE: tuple[AccelerationMethod, ...] = (ToMe(), TGate(), DeepCache())
+_OUTSIDE: tuple[AccelerationMethod, ...] = (Compile(),)
+
 # In the order in which they are applied, from the inside out: what a transformer block computes
-# (its class), what an attention computes (its forward), which blocks are computed at all, and by
-# what code. Each is free of what lies inside it. Names are stored in the RDB and the JSON: never
-# renamed.
+# (its class), what an attention computes (its forward), which blocks are computed at all, what
+# other packages add, and by what code all that is computed. Each is free of what lies inside it.
+# Names are stored in the RDB and the JSON: never renamed.
 METHODS: dict[str, AccelerationMethod] = {
-    "tome": ToMe(),
-    "tgate": TGate(),
-    "deepcache": DeepCache(),
-    "compile": Compile(),
+    **{method.name: method for method in _INSIDE},
+    **installed((*_INSIDE, *_OUTSIDE)),
+    **{method.name: method for method in _OUTSIDE},
 }
 
 
@@ -75,27 +78,40 @@ def space(
     return tuple(one.widened() for one in found) if len(chosen) > 1 else tuple(found)
 
 
-def starts(space: Sequence[Parameter]) -> list[dict[str, Value]]:
-    """Settings to begin a search of `space` with: all defaults, then each method's alone.
+def starts(
+    space: Sequence[Parameter], known: Iterable[Mapping[str, Value]] = ()
+) -> list[dict[str, Value]]:
+    """Settings to begin a search of `space` with, each once.
 
-    A sampler rarely meets the identities of all other methods at once, and a combination may be
-    no better than one of its parts. A method that the space keeps from its identity stays on.
+    First the `known` ones, each of some of the methods, with the others at their identities; then
+    all defaults; then each method's alone. A sampler rarely meets the identities of all other
+    methods at once, and a combination may be no better than one of its parts. A method that the
+    space keeps from its identity stays on, and a known value that the space leaves out is not
+    tried.
     """
-    everything = {parameter.name: parameter.default for parameter in space}
-    found = [everything]
+    defaults = {parameter.name: parameter.default for parameter in space}
     by_method = _by_method(space)
-    for name in by_method:
+
+    def alone(names: Container[str]) -> dict[str, Value]:
         idle = {
             parameter.name: parameter.identity
-            for other, parameters in by_method.items()
-            if other != name
+            for name, parameters in by_method.items()
+            if name not in names
             for parameter in parameters
             if parameter.identity is not None and parameter.holds_identity
         }
-        alone = effective(space, everything | idle)
-        if alone not in found:
-            found.append(alone)
-    return found
+        return defaults | idle
+
+    found = []
+    for params in known:
+        theirs = {name for name, own in by_method.items() if any(one.name in params for one in own)}
+        setting: dict[str, Value] = {**alone(theirs), **params}
+        fits = setting.keys() == defaults.keys()
+        if fits and all(one.accepts(setting[one.name]) for one in space):
+            found.append(effective(space, setting))
+    found.append(defaults)
+    found += [effective(space, alone({name})) for name in by_method]
+    return [one for index, one in enumerate(found) if one not in found[:index]]
 
 
 def effective(space: Sequence[Parameter], params: Mapping[str, Value]) -> dict[str, Value]:

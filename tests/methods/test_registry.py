@@ -233,6 +233,23 @@ def test_a_search_starts_with_the_defaults_and_with_each_method_alone(log: list[
     assert starts(()) == [{}]
 
 
+def test_a_search_starts_with_the_known_settings_that_its_space_has(log: list[str]) -> None:
+    both = space(object(), ["first", "second"], RUN)
+    known: list[dict[str, Any]] = [
+        {"first_level": 3},
+        {"second_level": 1},
+        {"first_level": 3},
+        {"second_level": 9},
+        {"refuser_level": 1},
+    ]
+    assert starts(both, known)[:3] == [
+        {"first_level": 3, "second_level": 0},
+        {"first_level": 0, "second_level": 1},
+        {"first_level": 2, "second_level": 2},
+    ]
+    assert len(starts(both, known)) == 5
+
+
 def test_a_search_starts_with_no_identity_that_its_plan_excludes(log: list[str]) -> None:
     first, second = space(object(), ["first", "second"], RUN)
     assert starts((first, second.among((3,)))) == [
