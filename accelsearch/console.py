@@ -177,6 +177,7 @@ class LiveProgress:
 def bounds_table(found: Iterable[Found]) -> Table:
     """The result of `bounds`: baseline, best feasible, its score loss, and what was pruned."""
     table = Table(title="Upper bounds", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.pad_edge = table.show_edge = False  # to fit into 80 columns
     for name in ("configuration", "baseline", "best feasible", "score loss", "pruned"):
         # So wide that a parameter and its value, or a speedup and its interval, stay on one line.
         width = 18 if name == "best feasible" else None

@@ -214,7 +214,7 @@ def test_the_time_left_is_that_of_measured_trials_or_of_the_limit(
 
 
 def test_the_table_shows_baseline_best_loss_and_what_was_pruned(make_study: MakeStudy) -> None:
-    console = Console(file=StringIO(), width=120)
+    console = Console(file=StringIO(), width=80)  # that of a plain terminal
     study = make_study(FEASIBLE, OVER, DOMINATED, FAILED, REUSED, RUNNING, model="/x/sd[v2]")
     console.print(bounds_table([Found(study, "")]))
     text = shown(console)
