@@ -22,7 +22,7 @@ from accelsearch.budget import violation
 from accelsearch.configuration import Configuration, SearchSettings
 from accelsearch.errors import BaselineError, StorageError, TrialError
 from accelsearch.measurement import Environment, ParamValue
-from accelsearch.methods import Parameter
+from accelsearch.methods import Parameter, effective
 from accelsearch.objective import Bench, Result, check_models, environment_of
 from accelsearch.queries import fastest_feasible
 from accelsearch.storage import (
@@ -124,12 +124,14 @@ def search(
 
     ready = bench(configuration, progress.doing)
     space = ready.space
-    size = _size(space)
+    every = _every(space)
+    # Where not all settings are listed, no number of measured ones is all of them.
+    size = len(every) if _is_listed(space) else None
     if not _waiting(study):
         best = (fastest_feasible(part) for part in read_parts(storage, configuration))
         known = [one.params for one in best if one is not None]
         for start in ready.starts(known):
-            if _setting(start) not in _settings(stored):
+            if _setting(space, start) not in _settings(space, stored):
                 study.enqueue_trial(start)
     deadline = time.monotonic() + (settings.timeout_s or math.inf)
     on_grid = settings.sampler == "grid"
@@ -138,13 +140,14 @@ def search(
     while True:
         if len(_measured(stored)) >= settings.trials:
             return _finished(progress, stored, _limit(settings))
-        if size is not None and len(_settings(stored)) >= size:
+        if size is not None and len(_settings(space, stored)) >= size:
             return _finished(progress, stored, _exhausted(size))
         if time.monotonic() > deadline:
             return _finished(progress, stored, f"the time limit of {settings.timeout_s:g} s")
         # A sampler that has come round to what it knows gets something new to learn from.
         if on_grid or (repeated and size is not None):
-            untried = _untried(space, stored)
+            tried = _settings(space, stored)
+            untried = [one for one in every if _setting(space, one) not in tried]
             if not untried:
                 return _finished(progress, stored, "the whole grid is measured")
             if not _waiting(study):
@@ -177,9 +180,11 @@ class _Trial:
         self.repeated = False
 
     def __call__(self, trial: optuna.Trial) -> float:
-        params = {parameter.name: _suggest(trial, parameter) for parameter in self._bench.space}
+        space = self._bench.space
+        # Under one name, whatever the sampler chose where it makes no difference.
+        params = effective(space, {one.name: _suggest(trial, one) for one in space})
         self._progress.trial_started(params)
-        known = _settings(self._stored).get(_setting(params))
+        known = _settings(space, self._stored).get(_setting(space, params))
         if known is not None:
             self.repeated = True
             return self._repeat(trial, known)
@@ -307,14 +312,28 @@ def _values(parameter: Parameter) -> tuple[ParamValue, ...]:
     return tuple(min(parameter.low + width * index / 9, parameter.high) for index in range(10))
 
 
-def _size(space: Sequence[Parameter]) -> int | None:
-    """The number of settings; None where a parameter is continuous, 1 where there is none."""
+def _every(space: Sequence[Parameter]) -> list[dict[str, ParamValue]]:
+    """The settings that differ from each other in effect, up to a number that can be listed."""
+    names = [parameter.name for parameter in space]
+    values = itertools.product(*(_values(parameter) for parameter in space))
+    settings = (effective(space, dict(zip(names, one, strict=True))) for one in values)
+    distinct = {_setting(space, one): one for one in itertools.islice(settings, _ENUMERABLE)}
+    return list(distinct.values())
+
+
+def _is_listed(space: Sequence[Parameter]) -> bool:
+    """Whether `_every` holds every setting."""
     sizes = [parameter.values() for parameter in space]
-    return None if None in sizes else math.prod(len(values or ()) for values in sizes)
+    return None not in sizes and math.prod(len(one or ()) for one in sizes) <= _ENUMERABLE
 
 
-def _setting(params: Mapping[str, ParamValue]) -> tuple[tuple[str, ParamValue], ...]:
-    return tuple(sorted(params.items()))
+def _setting(
+    space: Sequence[Parameter], params: Mapping[str, ParamValue]
+) -> tuple[tuple[str, ParamValue], ...]:
+    """What tells settings apart that differ in effect."""
+    names = {parameter.name for parameter in space}
+    # A study may hold trials of a space that was not this one.
+    return tuple(sorted((effective(space, params) if names <= params.keys() else params).items()))
 
 
 def _measured(stored: StoredStudy) -> list[StoredTrial]:
@@ -328,19 +347,10 @@ def _measured(stored: StoredStudy) -> list[StoredTrial]:
 
 
 def _settings(
-    stored: StoredStudy,
+    space: Sequence[Parameter], stored: StoredStudy
 ) -> dict[tuple[tuple[str, ParamValue], ...], StoredTrial]:
     """What is measured already, by setting."""
-    return {_setting(trial.params): trial for trial in _measured(stored)}
-
-
-def _untried(space: Sequence[Parameter], stored: StoredStudy) -> list[dict[str, ParamValue]]:
-    known = _settings(stored)
-    names = [parameter.name for parameter in space]
-    every = itertools.product(*(_values(parameter) for parameter in space))
-    settings = (dict(zip(names, values, strict=True)) for values in every)
-    untried = (one for one in settings if _setting(one) not in known)
-    return list(itertools.islice(untried, _ENUMERABLE))
+    return {_setting(space, trial.params): trial for trial in _measured(stored)}
 
 
 def _limit(settings: SearchSettings) -> str:

@@ -533,6 +533,19 @@ def test_a_space_is_exhausted_when_each_setting_is_measured_once(lab: Lab, sampl
     assert again.measured == []
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_settings_that_do_the_same_are_measured_once(lab: Lab, sampler: str) -> None:
+    # At interval 1 nothing is cached, whatever the branch.
+    interval = replace(INTERVAL, low=1, high=3, identity=1)
+    stand = Stand(space=(interval, BRANCH))
+    found = lab.search(stand, trials=20, sampler=sampler)
+    assert found.stopped == "all 7 settings are measured"
+    assert len(stand.measured) == 7
+    assert [one for one in stand.measured if one["cache_interval"] == 1] == [
+        {"cache_interval": 1, "cache_branch_id": 0}
+    ]
+
+
 def test_going_on_suggests_nothing_twice_and_tells_the_new_limit(lab: Lab) -> None:
     lab.search(Stand(), trials=4, sampler="random")
     limits: list[int] = []
