@@ -94,7 +94,7 @@ def settings(pipeline: str) -> list[Setting]:
     if pipeline == "StableDiffusionPipeline":
         rows += [
             Setting("17 steps", otherwise=lambda pipe: fewer_steps(pipe, 17)),
-            ours("compile", "deepcache", mode="eager"),
+            ours("compile", "deepcache", mode="eager", channels_last=False),
             ours("compile", "tgate"),
             ours("compile", "tome"),
             ours("deepcache", "tgate"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelsearch.errors import UnsupportedError
 from accelsearch.methods import METHODS, applied
 from accelsearch.methods import compile as compile_module
 from accelsearch.methods.compile import _regions, backend
+from accelsearch.methods.patching import map_tensors
 
-from .tiny import MakePipeline, apply, images, run_of
+from .tiny import MakePipeline, apply, images, run_of, state_of
 
 NO_MODE = {"mode": "eager"}
 
@@ -193,6 +196,99 @@ SUBSETS = [
     ["tgate", "tome"],
     ["deepcache", "tgate", "tome"],
 ]
+
+
+class Recorded:
+    """Stands for a CUDA graph: replays the operators of a call, without its Python."""
+
+    def __init__(self, forward: Callable[..., Any], inputs: Any) -> None:
+        self._inputs: list[torch.Tensor] = []
+        map_tensors(self._inputs.append, inputs)
+
+        def call(*tensors: torch.Tensor) -> Any:
+            given = iter(tensors)
+            args, kwargs = map_tensors(lambda _: next(given), inputs)
+            return forward(*args, **kwargs)
+
+        self._operators = make_fx(call)(*self._inputs)
+        self.output = map_tensors(torch.clone, self._operators(*self._inputs))
+
+    def replay(self) -> None:
+        fresh: list[torch.Tensor] = []
+        map_tensors(fresh.append, self._operators(*self._inputs))
+        stale: list[torch.Tensor] = []
+        map_tensors(stale.append, self.output)
+        for old, new in zip(stale, fresh, strict=True):
+            old.copy_(new)
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """What is captured; on the CPU, where there are no CUDA graphs."""
+    found: list[Recorded] = []
+
+    def capture(_: Any, forward: Callable[..., Any], kept: Any, inputs: Any) -> Any:
+        held = kept.held
+        args, kwargs = inputs
+        forward(*args, **kwargs)
+        kept.held = held
+        found.append(Recorded(forward, inputs))
+        captured = compile_module._Graph(found[-1], found[-1].output, kept.held)  # type: ignore[arg-type]
+        kept.held = held
+        return captured
+
+    monkeypatch.setattr(compile_module._Graphs, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    space = METHODS["compile"].space
+    monkeypatch.setattr(
+        compile_module.Compile,
+        "space",
+        lambda _, pipeline, run: (*space(pipeline, run)[:3], compile_module._CAPTURED),
+    )
+    return found
+
+
+def test_each_kind_of_step_is_captured_once_and_replays_in_every_setting(
+    make_pipeline: MakePipeline, captures: list[Recorded]
+) -> None:
+    pipeline = make_pipeline("sdxl")
+    run = run_of(pipeline, 6)
+    names = ["deepcache", "tgate"]
+    settings = [
+        {"cache_interval": interval, "gate_step": gate, "sp_interval": 2, "warm_up": 1}
+        for interval, gate in ((2, 4), (3, 3), (6, 6))
+    ]
+    baseline = images(pipeline, steps=6)
+    expected = []
+    for params in settings:
+        with applied(pipeline, params, names, run):
+            expected.append(images(pipeline, steps=6))
+    for params, image in zip(settings, expected, strict=True):
+        with applied(pipeline, params | NO_MODE, [*names, "compile"], run):
+            close(images(pipeline, steps=6), image, baseline)
+    captured = len(captures)
+    assert captured < 6 * len(settings)  # steps of one kind share a graph
+    for params, image in zip(settings, expected, strict=True):
+        with applied(pipeline, params | NO_MODE, [*names, "compile"], run):
+            close(images(pipeline, steps=6), image, baseline)
+    assert len(captures) == captured
+    assert torch.equal(images(pipeline, steps=6), baseline)
+
+
+def test_a_method_that_does_not_tell_its_phase_is_not_captured(
+    make_pipeline: MakePipeline, captures: list[Recorded]
+) -> None:
+    pipeline = make_pipeline()
+    run = replace(run_of(pipeline), phases=(None,))
+    params = {one.name: one.default for one in METHODS["compile"].parameters}
+    state = state_of(pipeline)
+    with (
+        pytest.raises(UnsupportedError, match="set cuda_graphs to false"),
+        METHODS["compile"].apply(pipeline, params, run),
+    ):
+        pytest.fail("the body must not run")
+    assert state_of(pipeline) == state
+    assert not captures
 
 
 @pytest.mark.gpu
