@@ -56,6 +56,10 @@ def told(trial: StoredTrial) -> str:
     return f"{speed}{settings(trial.params)}: {trial.outcome.value} ({trial.reason})"
 
 
+def _ended(study: StoredStudy) -> list[StoredTrial]:
+    return [trial for trial in study.trials if trial.outcome is not Outcome.RUNNING]
+
+
 def _warning(trial: StoredTrial) -> str:
     slower = trial.measurement is not None and trial.measurement.latency.slower
     return " (slower than no acceleration)" if slower else ""
@@ -66,11 +70,11 @@ class PlainProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._ended = 0
+        self._told: set[int] = set()
 
     def study_started(self, study: StoredStudy, environment: Environment) -> None:
-        self._ended = len(study.trials)
-        known = f", {self._ended} trials stored already" if study.trials else ""
+        self._told = {trial.number for trial in _ended(study)}
+        known = f", {len(self._told)} trials stored already" if self._told else ""
         self._print(f"{study.name} on {environment.device}{known}")
 
     def trial_started(self, params: Mapping[str, ParamValue]) -> None: ...
@@ -79,10 +83,10 @@ class PlainProgress:
 
     def trial_finished(self, study: StoredStudy) -> None:
         limit = study.configuration.search.trials
-        for trial in study.trials[self._ended :]:
-            if trial.reused_from is None:
+        for trial in _ended(study):
+            if trial.reused_from is None and trial.number not in self._told:
                 self._print(f"  trial {trial.number} (limit {limit})  {told(trial)}")
-        self._ended = len(study.trials)
+            self._told.add(trial.number)
 
     def warned(self, of: str) -> None:
         self._print(f"  warning: {of}")
@@ -125,7 +129,8 @@ class LiveProgress:
 
     def trial_finished(self, study: StoredStudy) -> None:
         self._study = study
-        trial = study.trials[-1]
+        # Others may wait behind it.
+        trial = _ended(study)[-1]
         if trial.reused_from is None:
             self._trials_s.append(time.monotonic() - self._began)
             style = "green" if trial.outcome is Outcome.FEASIBLE else "dim"

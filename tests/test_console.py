@@ -144,6 +144,26 @@ def test_plain_progress_tells_only_what_is_new(make_study: MakeStudy) -> None:
     assert lines[1:] == [f"  trial 3 (limit 10)  {told(FAILED)}"]
 
 
+def test_trials_that_wait_their_turn_are_told_when_they_have_ended(make_study: MakeStudy) -> None:
+    waiting = replace(RUNNING, number=OVER.number)
+    console = Console(file=StringIO(), width=120)
+    progress = PlainProgress(console)
+    progress.study_started(make_study(), ENVIRONMENT)
+    progress.trial_finished(make_study(FEASIBLE, waiting))
+    progress.trial_finished(make_study(FEASIBLE, OVER))
+    assert raw(console).splitlines()[1:] == [
+        f"  trial 0 (limit 10)  {told(FEASIBLE)}",
+        f"  trial 1 (limit 10)  {told(OVER)}",
+    ]
+    console = terminal()
+    with progress_on(console) as live:
+        live.study_started(make_study(), ENVIRONMENT)
+        live.trial_started(FEASIBLE.params)
+        live.trial_finished(make_study(FEASIBLE, waiting))
+    assert told(FEASIBLE) in shown(console)
+    assert told(waiting) not in shown(console)
+
+
 def test_live_progress_shows_the_best_and_what_was_pruned(make_study: MakeStudy) -> None:
     console = terminal()
     with progress_on(console) as progress:
