@@ -160,7 +160,9 @@ def methods(
     pipeline: Annotated[
         str | None, typer.Option(help="A pipeline class: what applies to it, at its full size.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of that pipeline's calls.")] = 50,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Of that pipeline's calls; 50.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """List the acceleration methods with their parameters."""
@@ -173,7 +175,9 @@ def methods(
     if pipeline is not None:
         from accelsearch.architectures import spaces_of
 
-        spaces, refused = spaces_of(pipeline, steps)
+        spaces, refused = spaces_of(pipeline, steps or 50)
+    elif steps is not None:
+        raise PlanError("--steps must be given together with --pipeline, got it alone")
     if as_json:
         _print_json({name: [asdict(one) for one in space] for name, space in spaces.items()})
         return 0
@@ -257,7 +261,7 @@ def status(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
         return 0
     from rich.table import Table
 
-    from accelsearch.console import settings
+    from accelsearch.console import settings, speedup
 
     table = Table()
     for name in ("study", "device", "trials", "best feasible"):
@@ -265,7 +269,7 @@ def status(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
     for study in studies:
         best = fastest_feasible(study)
         counted = "\n".join(f"{count} {key.value}" for key, count in outcomes(study).items())
-        shown = "none" if best is None else f"{best.speedup:.2f}x\n{settings(best.params)}"
+        shown = "none" if best is None else f"{speedup(best)}\n{settings(best.params)}"
         table.add_row(study.name, study.environment.device, counted or "none", shown)
     _stdout().print(table)
     return 0

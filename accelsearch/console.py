@@ -23,7 +23,15 @@ from accelsearch.queries import fastest_feasible, outcomes
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 from accelsearch.study import Found, Progress
 
-__all__ = ["LiveProgress", "PlainProgress", "bounds_table", "progress_on", "settings", "told"]
+__all__ = [
+    "LiveProgress",
+    "PlainProgress",
+    "bounds_table",
+    "progress_on",
+    "settings",
+    "speedup",
+    "told",
+]
 
 _PRUNED = (Outcome.OVER_BUDGET, Outcome.DOMINATED, Outcome.FAILED)
 
@@ -193,7 +201,7 @@ def bounds_table(found: Iterable[Found]) -> Table:
         table.add_row(
             escape(_name(study.configuration)),
             _baseline(study),
-            "none" if best is None else f"{_speedup(best)}\n{_lines(best.params)}",
+            "none" if best is None else f"{speedup(best)}\n{_lines(best.params)}",
             "" if best is None else _losses(best, study.configuration),
             _pruned(counted).replace(", ", "\n"),
         )
@@ -216,7 +224,8 @@ def _baseline(study: StoredStudy) -> str:
     return f"{median(latencies):.3g} s" if latencies else ""
 
 
-def _speedup(trial: StoredTrial) -> str:
+def speedup(trial: StoredTrial) -> str:
+    """A measured speedup with its interval, and a warning where it is none."""
     assert trial.measurement is not None
     interval = trial.measurement.latency.interval()
     around = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"

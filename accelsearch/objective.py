@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from accelsearch import methods, pipelines
@@ -20,6 +20,7 @@ from accelsearch.errors import BaselineError, ModelError, PlanError, TrialError
 from accelsearch.latency import dominated, measure_latency
 from accelsearch.measurement import Environment, Measurement, ParamValue, Scores, score_loss
 from accelsearch.methods import METHODS, Parameter, applied
+from accelsearch.methods.compile import backend
 from accelsearch.quality import ClipScore, Metric, load_metrics
 from accelsearch.storage import Outcome
 
@@ -62,7 +63,11 @@ def environment_of(configuration: Configuration) -> Environment:
     """Where the configuration is measured on this machine, told without loading its pipeline."""
     device = pipelines.resolve_device(configuration.device)
     libraries = {name for method in configuration.methods for name in METHODS[method].libraries}
-    return pipelines.detect_environment(device, libraries)
+    environment = pipelines.detect_environment(device, libraries)
+    if not any(METHODS[method].compiles for method in configuration.methods):
+        return environment
+    compiler = {"torch.compile": backend(device.type)}
+    return replace(environment, versions={**environment.versions, **compiler})
 
 
 def check_models(configuration: Configuration) -> None:
@@ -139,6 +144,7 @@ class Bench:
             BaselineError: the unaccelerated pipeline makes no usable images.
             TrialError: this setting cannot be measured.
         """
+        active = [METHODS[name] for name in methods.active(self.space, params)]
         seconds = _Stopwatch()
         with seconds("baseline"):
             self._baseline_batch(0)
@@ -149,8 +155,8 @@ class Bench:
                 self.configuration,
                 lambda: self._accelerated(params),
                 incumbent=incumbent,
-                compiles=any(METHODS[name].compiles for name in self.configuration.methods),
-                held_bytes=self._held_bytes,
+                compiles=any(method.compiles for method in active),
+                held_bytes=lambda: sum(method.held_bytes(self.pipeline) for method in active),
             )
         scores: tuple[Scores, ...] = ()
         losses: dict[str, float] = {}
@@ -238,9 +244,6 @@ class Bench:
             if verdict is not Verdict.UNDECIDED:
                 break
         return scores, torch.cat(made), verdict
-
-    def _held_bytes(self) -> int:
-        return sum(METHODS[name].held_bytes(self.pipeline) for name in self.configuration.methods)
 
     def _accelerated(self, params: Mapping[str, ParamValue]) -> AbstractContextManager[None]:
         return applied(self.pipeline, params, self.configuration.methods, self._run)

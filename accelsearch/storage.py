@@ -301,9 +301,10 @@ def read_studies(
 
 
 def read_parts(storage: BaseStorage, configuration: Configuration) -> tuple[StoredStudy, ...]:
-    """The studies that search a part of the configuration's methods, and differ in nothing else.
+    """The studies that search a part of the configuration's methods in the same context.
 
-    On whatever device: what was good there is worth a trial here.
+    On whatever device, and with whatever budgets: what was measured there tells what is worth a
+    trial here. One that this version cannot read tells nothing.
     """
     context, methods = configuration.context(), set(configuration.methods)
     parts = []
@@ -312,7 +313,10 @@ def read_parts(storage: BaseStorage, configuration: Configuration) -> tuple[Stor
         if stored is None or not methods > set(stored.get("methods", methods)):
             continue
         trials = storage.get_all_trials(study._study_id, deepcopy=False)
-        read = _study(study.study_name, study.user_attrs, trials)
+        try:
+            read = _study(study.study_name, study.user_attrs, trials)
+        except StorageError:
+            continue
         if read.configuration.context() == context:
             parts.append(read)
     return tuple(parts)

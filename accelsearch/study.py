@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -125,10 +125,13 @@ def search(
     ready = bench(configuration, progress.doing)
     space = ready.space
     every = _every(space)
-    # Where not all settings are listed, no number of measured ones is all of them.
-    size = len(every) if _is_listed(space) else None
+    # Where a parameter is continuous, no number of settings is all of them.
+    finite = all(parameter.values() is not None for parameter in space)
+    size = len(every) if finite and every is not None else None
     if not _waiting(study):
-        best = (fastest_feasible(part) for part in read_parts(storage, configuration))
+        parts = read_parts(storage, configuration)
+        # By the budgets of this search.
+        best = (fastest_feasible(replace(one, configuration=configuration)) for one in parts)
         known = [one.params for one in best if one is not None]
         for start in ready.starts(known):
             if _setting(space, start) not in _settings(space, stored):
@@ -145,14 +148,13 @@ def search(
         if time.monotonic() > deadline:
             return _finished(progress, stored, f"the time limit of {settings.timeout_s:g} s")
         # A sampler that has come round to what it knows gets something new to learn from.
-        if on_grid or (repeated and size is not None):
-            tried = _settings(space, stored)
-            untried = [one for one in every if _setting(space, one) not in tried]
-            if not untried:
+        if on_grid or (repeated and finite):
+            chance = random.Random(settings.seed + len(stored.trials))  # noqa: S311
+            fresh = _fresh(space, every, _settings(space, stored), chance)
+            if fresh is None:
                 return _finished(progress, stored, "the whole grid is measured")
             if not _waiting(study):
-                chance = random.Random(settings.seed + len(stored.trials))  # noqa: S311
-                study.enqueue_trial(chance.choice(untried))
+                study.enqueue_trial(fresh)
         trial = _Trial(ready, stored, artifacts, progress)
         # One at a time: stored trials decide before each whether there is to be another.
         _optimize(study, trial)
@@ -312,19 +314,30 @@ def _values(parameter: Parameter) -> tuple[ParamValue, ...]:
     return tuple(min(parameter.low + width * index / 9, parameter.high) for index in range(10))
 
 
-def _every(space: Sequence[Parameter]) -> list[dict[str, ParamValue]]:
-    """The settings that differ from each other in effect, up to a number that can be listed."""
-    names = [parameter.name for parameter in space]
-    values = itertools.product(*(_values(parameter) for parameter in space))
-    settings = (effective(space, dict(zip(names, one, strict=True))) for one in values)
-    distinct = {_setting(space, one): one for one in itertools.islice(settings, _ENUMERABLE)}
+def _every(space: Sequence[Parameter]) -> list[dict[str, ParamValue]] | None:
+    """The settings that differ from each other in effect; None where they are too many to list."""
+    names, values = [one.name for one in space], [_values(one) for one in space]
+    if math.prod(map(len, values)) > _ENUMERABLE:
+        return None
+    settings = (dict(zip(names, one, strict=True)) for one in itertools.product(*values))
+    distinct = {_setting(space, one): effective(space, one) for one in settings}
     return list(distinct.values())
 
 
-def _is_listed(space: Sequence[Parameter]) -> bool:
-    """Whether `_every` holds every setting."""
-    sizes = [parameter.values() for parameter in space]
-    return None not in sizes and math.prod(len(one or ()) for one in sizes) <= _ENUMERABLE
+def _fresh(
+    space: Sequence[Parameter],
+    every: list[dict[str, ParamValue]] | None,
+    tried: Container[tuple[tuple[str, ParamValue], ...]],
+    chance: random.Random,
+) -> dict[str, ParamValue] | None:
+    """A setting that has not been tried, drawn at random; None where there is no other."""
+    if every is not None:
+        untried = [one for one in every if _setting(space, one) not in tried]
+        return chance.choice(untried) if untried else None
+    while True:  # of so many, hardly any have been tried
+        drawn = effective(space, {one.name: chance.choice(_values(one)) for one in space})
+        if _setting(space, drawn) not in tried:
+            return drawn
 
 
 def _setting(

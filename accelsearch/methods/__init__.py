@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from accelsearch.errors import PlanError, UnsupportedError, nearest
@@ -24,6 +26,7 @@ __all__ = [
     "Parameter",
     "Run",
     "Value",
+    "active",
     "applied",
     "effective",
     "get",
@@ -32,18 +35,27 @@ __all__ = [
     "starts",
 ]
 
-_INSIDE: tuple[AccelerationMethod, ...] = (ToMe(), TGate(), DeepCache())
-_OUTSIDE: tuple[AccelerationMethod, ...] = (Compile(),)
 
-# In the order in which they are applied, from the inside out: what a transformer block computes
-# (its class), what an attention computes (its forward), which blocks are computed at all, what
-# other packages add, and by what code all that is computed. Each is free of what lies inside it.
+class _Methods(UserDict[str, AccelerationMethod]):
+    """The registry: ours, and those of other packages.
+
+    They are loaded when first asked for, since these packages import from this one.
+    """
+
+    def __init__(self) -> None:
+        """Load nothing yet."""
+
+    @cached_property
+    def data(self) -> dict[str, AccelerationMethod]:  # type: ignore[override]
+        ours = (ToMe(), TGate(), DeepCache(), Compile())
+        return {**installed(ours), **{method.name: method for method in ours}}
+
+
+# In the order in which they are applied, from the inside out: what other packages add, what a
+# transformer block computes (its class), what an attention computes (its forward), which blocks
+# are computed at all, and by what code all that is computed. Each is free of what lies inside it.
 # Names are stored in the RDB and the JSON: never renamed.
-METHODS: dict[str, AccelerationMethod] = {
-    **{method.name: method for method in _INSIDE},
-    **installed((*_INSIDE, *_OUTSIDE)),
-    **{method.name: method for method in _OUTSIDE},
-}
+METHODS: MutableMapping[str, AccelerationMethod] = _Methods()
 
 
 def get(name: str) -> AccelerationMethod:
@@ -112,6 +124,11 @@ def starts(
     found.append(defaults)
     found += [effective(space, alone({name})) for name in by_method]
     return [one for index, one in enumerate(found) if one not in found[:index]]
+
+
+def active(space: Sequence[Parameter], params: Mapping[str, Value]) -> tuple[str, ...]:
+    """The methods of a space that these params do not leave at their identity."""
+    return tuple(name for name, own in _by_method(space).items() if not _is_idle(own, params))
 
 
 def effective(space: Sequence[Parameter], params: Mapping[str, Value]) -> dict[str, Value]:
@@ -187,7 +204,7 @@ def applied(
     with ExitStack() as stack:
         for name, values in settings.items():
             phase = stack.enter_context(METHODS[name].apply(pipeline, values, run))
-            run = replace(run, phases=(*run.phases, phase))
+            run = replace(run, phases=(*run.phases, (name, phase)))
         yield
 
 

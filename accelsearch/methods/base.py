@@ -22,6 +22,9 @@ Phase = Callable[[], Hashable]
 In two calls of equal phases the method does the same work, on tensors of the same shapes.
 """
 
+Phases = tuple[tuple[str, Phase | None], ...]
+"""By the name of the method; None of one that does not tell."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -161,8 +164,7 @@ class Run:
     pixels, `scheduler` is a class name, `seed` is that of the configuration. A method that keeps
     activations from step to step must drop them before each of the `full_steps` and compute that
     step in full: another method changes there what passes through the denoiser. They are counted
-    as `CallSteps.step` counts. `phases` are those of the methods already applied; None stands for
-    one that does not tell its phase.
+    as `CallSteps.step` counts. `phases` are those of the methods already applied.
     """
 
     steps: int
@@ -173,7 +175,7 @@ class Run:
     scheduler: str
     seed: int
     full_steps: frozenset[int] = frozenset()
-    phases: tuple[Phase | None, ...] = ()
+    phases: Phases = ()
 
 
 class AccelerationMethod(Protocol):

@@ -7,7 +7,8 @@ of step replayed as one CUDA graph, so that the host neither launches a thousand
 waits for the GPU in between.
 
 Compiled code, graphs and rearranged weights belong to the pipeline and outlive an application:
-nothing is compiled or captured twice in one process. The first call with a setting pays for it.
+nothing is compiled twice in one process, and what was captured lately not again. The first call
+with a setting pays for it.
 
 Source: Ansel et al., "PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode
 Transformation and Graph Compilation", ASPLOS 2024; diffusers, "Accelerate inference".
@@ -29,8 +30,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from accelsearch.errors import UnsupportedError
-from accelsearch.methods.base import AccelerationMethod, Parameter, Phase, Run, Value
-from accelsearch.methods.patching import Kept, denoiser_of, kept_of, map_tensors, restored
+from accelsearch.methods.base import AccelerationMethod, Parameter, Phases, Run, Value
+from accelsearch.methods.patching import (
+    PIXART,
+    STABLE_DIFFUSION,
+    Kept,
+    denoiser_of,
+    kept_of,
+    map_tensors,
+    restored,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -105,12 +114,7 @@ class Compile(AccelerationMethod):
 
     name = "compile"
     parameters = (_MODE, _LAYOUT, _FUSED, _CAPTURED)
-    pipelines = (
-        "StableDiffusionPipeline",
-        "StableDiffusionXLPipeline",
-        "PixArtAlphaPipeline",
-        "PixArtSigmaPipeline",
-    )
+    pipelines = STABLE_DIFFUSION + PIXART
     libraries = ()
     exact = True
     compiles = True
@@ -152,10 +156,11 @@ class Compile(AccelerationMethod):
         if mode == _IDLE:
             yield
             return
-        if params["cuda_graphs"] and None in run.phases:
+        untold = [name for name, phase in run.phases if phase is None]
+        if params["cuda_graphs"] and untold:
             raise UnsupportedError(
-                "cuda_graphs needs methods that tell their phase, but one of these does not; "
-                "set cuda_graphs to false or remove that method"
+                f"cuda_graphs needs methods that tell their phase, but {untold[0]} does not; "
+                f"set cuda_graphs to false or remove {untold[0]}"
             )
         denoiser = denoiser_of(pipeline, self.name, self.pipelines)
         prepared, parts = _prepared_of(denoiser), _parts(pipeline, denoiser)
@@ -183,8 +188,14 @@ class Compile(AccelerationMethod):
         return _prepared_of(denoiser).held_bytes
 
     def implementation(self) -> str:
-        """What compiles."""
-        return f"torch {version('torch')} compile"
+        """What compiles, and into what."""
+        return f"torch {version('torch')} compile ({backend(_device_type())})"
+
+
+def _device_type() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class _Graph(NamedTuple):
@@ -213,23 +224,23 @@ class _Graphs:
         self,
         forward: Callable[..., Any],
         setting: Hashable,
-        phases: tuple[Phase | None, ...],
+        phases: Phases,
         kept: Kept,
         call: tuple[tuple[Any, ...], dict[str, Any]],
     ) -> Any:
         """What `forward` returns for these arguments, captured if it has not been before."""
         import torch
 
-        shapes = _described(call)
+        shapes, device = _described(call), call[0][0].device
         if shapes not in self.inputs:
-            device = call[0][0].device
             self.inputs[shapes] = map_tensors(
                 lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device), call
             )
         inputs = self.inputs[shapes]
         _copy(call, inputs)
         kept.buffers = self.buffers.setdefault(shapes, {})
-        key = (setting, shapes, tuple(phase() for phase in phases if phase), kept.held)
+        told = tuple((name, phase()) for name, phase in phases if phase)
+        key = (setting, shapes, told, kept.held)
         if key in self.captured:
             self.captured.move_to_end(key)
         else:
@@ -246,21 +257,22 @@ class _Graphs:
 
         held = kept.held
         chances = {one: one.get_state() for one in kept.generators.values()}
-        # Once outside of a graph: what compiles, chooses algorithms or allocates for good does it
-        # here. A stream of its own, because nothing of the current one may be captured.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
         args, kwargs = inputs
-        with torch.cuda.stream(stream):
-            forward(*args, **kwargs)
-        torch.cuda.current_stream().wait_stream(stream)
-        kept.held = held
         graph = torch.cuda.CUDAGraph()
-        for generator, state in chances.items():
-            generator.set_state(state)
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=self.pool):
-            output = forward(*args, **kwargs)
+        with torch.cuda.device(args[0].device):  # which need not be the current one
+            # Once outside of a graph: what compiles, chooses algorithms or allocates for good does
+            # it here. On another stream, because nothing of the current one may be captured.
+            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                forward(*args, **kwargs)
+            current.wait_stream(stream)
+            kept.held = held
+            for generator, state in chances.items():
+                generator.set_state(state)
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, pool=self.pool):
+                output = forward(*args, **kwargs)
         captured = _Graph(graph, output, kept.held)
         kept.held = held
         return captured
@@ -271,7 +283,7 @@ class _Prepared:
     """What has been made for one denoiser and serves every application."""
 
     applied: bool = False
-    rearranged: dict[int, tuple[int, torch.Tensor]] = field(default_factory=dict)  # by parameter
+    rearranged: dict[int, torch.Tensor] = field(default_factory=dict)  # by parameter
     fused: dict[Any, dict[str, Any]] = field(default_factory=dict)  # attention -> projections
     code: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)  # by module and mode
     graphs: dict[str, _Graphs] = field(default_factory=dict)  # by part
@@ -280,15 +292,16 @@ class _Prepared:
         """The call, compiled; the same object each time, since torch knows its code by that."""
         import torch
 
-        if (module, mode, how) not in self.code:
+        key = (module, vars(module).get("forward"), mode, how)
+        if key not in self.code:
             # A backend that generates no code has no modes. Sizes left open would cost speed.
             options: dict[str, Any] = {"mode": mode} if how == "inductor" else {"backend": how}
-            self.code[module, mode, how] = torch.compile(call, dynamic=False, **options)
-        return self.code[module, mode, how]
+            self.code[key] = torch.compile(call, dynamic=False, **options)
+        return self.code[key]
 
     @property
     def held_bytes(self) -> int:
-        tensors: list[torch.Tensor] = [tensor for _, tensor in self.rearranged.values()]
+        tensors = list(self.rearranged.values())
         for projections in self.fused.values():
             tensors += [one for module in projections.values() for one in module.parameters()]
         for graphs in self.graphs.values():
@@ -338,10 +351,10 @@ def _fusible(denoiser: Any) -> bool:
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     plain = (AttnProcessor, AttnProcessor2_0)
-    return all(type(one.processor) in plain for one in _attentions(denoiser))
+    return all(type(one.processor) in plain for one in _all_attentions(denoiser))
 
 
-def _attentions(denoiser: Any) -> list[Any]:
+def _all_attentions(denoiser: Any) -> list[Any]:
     from diffusers.models.attention_processor import Attention
 
     return [module for module in denoiser.modules() if isinstance(module, Attention)]
@@ -356,12 +369,14 @@ def _channels_last(parts: tuple[Any, ...], prepared: _Prepared) -> Iterator[None
     originals = [weight.data for weight in weights]
     try:
         for weight, original in zip(weights, originals, strict=True):
-            address, rearranged = prepared.rearranged.get(id(weight), (None, None))
-            if address != original.data_ptr() or rearranged is None:
+            if original.is_contiguous(memory_format=torch.channels_last):
+                continue  # of 1 x 1, for example: both layouts are one
+            rearranged = prepared.rearranged.get(id(weight))
+            if rearranged is None or not _alike(rearranged, original):
                 rearranged = original.to(memory_format=torch.channels_last)
-                if rearranged.data_ptr() == original.data_ptr():
-                    continue  # of 1 x 1: both layouts are one
-                prepared.rearranged[id(weight)] = (original.data_ptr(), rearranged)
+                prepared.rearranged[id(weight)] = rearranged
+            else:
+                rearranged.copy_(original)  # which may have changed since
             weight.data = rearranged
         yield
     finally:
@@ -374,20 +389,24 @@ def _fused_projections(denoiser: Any, prepared: _Prepared) -> Iterator[None]:
     """Give every attention its fused projections, and the processor that uses them."""
     from diffusers.models.attention_processor import FusedAttnProcessor2_0
 
-    attentions = _attentions(denoiser)
+    attentions = _all_attentions(denoiser)
     before = {attention: dict(attention._modules) for attention in attentions}
     with restored(attentions, "processor", "fused_projections"):
         try:
             for attention in attentions:
-                if attention not in prepared.fused:
-                    attention.fuse_projections()
-                    prepared.fused[attention] = {
-                        name: module
-                        for name, module in attention._modules.items()
-                        if name not in before[attention]
-                    }
-                attention._modules.update(prepared.fused[attention])
-                attention.fused_projections = True
+                attention.fuse_projections()
+                made = {
+                    name: module
+                    for name, module in attention._modules.items()
+                    if name not in before[attention]
+                }
+                fused = prepared.fused.setdefault(attention, made)
+                for name, module in made.items():
+                    pairs = zip(fused[name].parameters(), module.parameters(), strict=True)
+                    for kept, fresh in pairs:
+                        # At the address that graphs know, with what the weights are now.
+                        kept.data = kept.data.copy_(fresh) if _alike(kept, fresh) else fresh.data
+                attention._modules.update(fused)
                 attention.processor = FusedAttnProcessor2_0()
             yield
         finally:
@@ -454,22 +473,21 @@ def _captured(
     parts: tuple[Any, ...],
     prepared: _Prepared,
     setting: Hashable,
-    phases: tuple[Phase | None, ...],
+    phases: Phases,
 ) -> Iterator[None]:
     """Replay the denoiser's and the decoder's work from CUDA graphs."""
     import torch
 
-    def replayed(part: Any, kept: Kept, phases: tuple[Phase | None, ...]) -> Callable[..., Any]:
+    def replayed(part: Any, kept: Kept, phases: Phases) -> Callable[..., Any]:
         forward = part.forward
         name = type(part).__name__
         if name not in prepared.graphs:
             prepared.graphs[name] = _Graphs(torch.cuda.graph_pool_handle())
         graphs = prepared.graphs[name]
-        # Graphs read the weights where they lay.
-        weights = hash(tuple(one.data_ptr() for one in part.parameters()))
+        state = _state(part)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return graphs.run(forward, (setting, weights), phases, kept, (args, kwargs))
+            return graphs.run(forward, (setting, state), phases, kept, (args, kwargs))
 
         return call
 
@@ -484,6 +502,31 @@ def _captured(
             yield
         finally:
             kept.buffers = None
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _state(part: Any) -> int:
+    """All of a module that a graph is captured with: where its weights lie, and its numbers.
+
+    FreeU's factors and the scales of LoRAs are such numbers.
+    """
+    plain = (bool, int, float, str, type(None))
+
+    def numbers(value: Any) -> Hashable:
+        if isinstance(value, dict):
+            return tuple((str(key), one) for key, one in value.items() if isinstance(one, plain))
+        return value if isinstance(value, plain) else None
+
+    attributes = tuple(
+        (name, numbers(value))
+        for module in part.modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+    )
+    return hash((tuple(one.data_ptr() for one in part.parameters()), attributes))
 
 
 @contextmanager

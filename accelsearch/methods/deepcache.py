@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelsearch.errors import UnsupportedError
 from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Phase, Run, Value
-from accelsearch.methods.patching import Kept, denoiser_of, forward_is_from, kept_of, restored
+from accelsearch.methods.patching import (
+    STABLE_DIFFUSION,
+    Kept,
+    denoiser_of,
+    forward_is_from,
+    kept_of,
+    restored,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -56,7 +63,7 @@ class DeepCache(AccelerationMethod):
 
     name = "deepcache"
     parameters = (_INTERVAL, _BRANCH)
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    pipelines = STABLE_DIFFUSION
     libraries = ("DeepCache",)
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:
@@ -146,6 +153,7 @@ class _Cut(NamedTuple):
     """
 
     unet: Any
+    branch: int
     source: Any
     siblings: Any  # the list of layers that the source is in; None where it is a whole block
     lists: tuple[tuple[Any, dict[str, Any]], ...]  # module, and what replaces its children
@@ -159,14 +167,14 @@ class _Cut(NamedTuple):
         """
         if self.siblings is None:
             with restored((self.source,), "forward"):
-                self.source.forward = _kept_output(self.source.forward, kept)
+                self.source.forward = self._keeping(self.source.forward, kept)
                 yield
             return
         from torch.nn import Module
 
         tap = Module()
         tap.layer = self.source
-        tap.forward = _kept_output(self.source, kept)
+        tap.forward = self._keeping(self.source, kept)
         layers = self.siblings._modules
         place = next(name for name, layer in layers.items() if layer is self.source)
         try:
@@ -182,13 +190,28 @@ class _Cut(NamedTuple):
         mid_block = self.unet.mid_block
         with restored((mid_block,), "forward"):
             try:
-                mid_block.forward = lambda sample, *_, **__: kept[_key(sample)]
+                mid_block.forward = lambda sample, *_, **__: kept[self._key(sample)]
                 for module, children in self.lists:
                     module._modules.update(children)
                 yield
             finally:
                 for module, own in before:
                     module._modules.update(own)
+
+    def _keeping(self, forward: Any, kept: Kept) -> Any:
+        """What a module computes, with its output kept."""
+
+        def keeping(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            feature = output[0] if isinstance(output, tuple) else output
+            kept[self._key(feature)] = feature
+            return output
+
+        return keeping
+
+    def _key(self, sample: Any) -> tuple[str, int, int]:
+        """By the batch as well, since T-GATE halves it from some step on."""
+        return ("deepcache", self.branch, len(sample))
 
 
 def _cut(unet: Any, branch: int) -> _Cut:
@@ -226,26 +249,9 @@ def _cut(unet: Any, branch: int) -> _Cut:
     )
     if first_layer > 0:
         layers = getattr(up, "attentions", None) or up.resnets
-        return _Cut(unet, layers[first_layer - 1], layers, lists)
+        return _Cut(unet, branch, layers[first_layer - 1], layers, lists)
     source = unet.up_blocks[first_up - 1] if first_up > 0 else unet.mid_block
-    return _Cut(unet, source, None, lists)
-
-
-def _kept_output(forward: Any, kept: Kept) -> Any:
-    """What a module computes, with its output kept."""
-
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        feature = output[0] if isinstance(output, tuple) else output
-        kept[_key(feature)] = feature
-        return output
-
-    return keeping
-
-
-def _key(sample: Any) -> tuple[str, int]:
-    """By the batch, since T-GATE halves it from some step on."""
-    return ("deepcache", len(sample))
+    return _Cut(unet, branch, source, None, lists)
 
 
 def _computed(scheduler: Any, interval: int, forced: set[int]) -> list[bool]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PIXART = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+
 def denoiser_of(pipeline: DiffusionPipeline, method: str, served: Sequence[str]) -> Any:
     """The UNet or transformer of a pipeline of one of the `served` classes.
 

@@ -16,7 +16,17 @@ __all__ = ["GROUP", "installed"]
 
 GROUP = "accelsearch.methods"
 
-_MEMBERS = tuple(name for name in vars(AccelerationMethod) if not name.startswith("_"))
+# Of the protocol; those that it does not define by itself must be the method's own.
+_MEMBERS = (
+    "name",
+    "parameters",
+    "pipelines",
+    "libraries",
+    "check",
+    "space",
+    "apply",
+    "implementation",
+)
 
 
 def installed(own: Collection[AccelerationMethod]) -> dict[str, AccelerationMethod]:
@@ -45,9 +55,15 @@ def _loaded(point: EntryPoint) -> AccelerationMethod:
         method: Any = loaded() if isinstance(loaded, type) else loaded
     except Exception as error:
         raise _broken(point, f"{type(error).__name__}: {error}") from error
-    missing = [name for name in _MEMBERS if not hasattr(method, name)]
+    if AccelerationMethod not in type(method).__mro__:
+        raise _broken(point, "it must inherit from AccelerationMethod")
+    missing = [
+        name
+        for name in _MEMBERS
+        if getattr(type(method), name, None) is getattr(AccelerationMethod, name)
+    ]
     if missing:
-        raise _broken(point, f"it must inherit from AccelerationMethod, but has no {missing[0]}")
+        raise _broken(point, f"it must define {missing[0]}")
     if method.name != point.name:
         raise _broken(point, f"it must be called as its entry point, but is {method.name!r}")
     if not method.parameters or not all(type(one) is Parameter for one in method.parameters):

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from accelsearch.errors import UnsupportedError
 from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Phase, Run, Value
 from accelsearch.methods.patching import (
+    PIXART,
+    STABLE_DIFFUSION,
     Kept,
     denoiser_of,
     forward_is_from,
@@ -85,12 +87,7 @@ class TGate(AccelerationMethod):
 
     name = "tgate"
     parameters = (_GATE, _PLANNING, _FIDELITY, _WARM_UP)
-    pipelines = (
-        "StableDiffusionPipeline",
-        "StableDiffusionXLPipeline",
-        "PixArtAlphaPipeline",
-        "PixArtSigmaPipeline",
-    )
+    pipelines = STABLE_DIFFUSION + PIXART
     libraries = ("tgate",)
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelsearch.errors import UnsupportedError
 from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Phase, Run, Value
-from accelsearch.methods.patching import denoiser_of, kept_of
+from accelsearch.methods.patching import STABLE_DIFFUSION, denoiser_of, kept_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -92,7 +92,7 @@ class ToMe(AccelerationMethod):
 
     name = "tome"
     parameters = (_RATIO, _DOWNSAMPLE, _STRIDE_X, _STRIDE_Y)
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    pipelines = STABLE_DIFFUSION
     libraries = ("tomesd",)
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:

@@ -14,7 +14,7 @@ from accelsearch.errors import UnsupportedError
 from accelsearch.methods import METHODS, applied
 from accelsearch.methods import compile as compile_module
 from accelsearch.methods.compile import _regions, backend
-from accelsearch.methods.patching import map_tensors
+from accelsearch.methods.patching import Kept, map_tensors
 
 from .tiny import MakePipeline, apply, images, run_of, state_of
 
@@ -255,8 +255,14 @@ def test_each_kind_of_step_is_captured_once_and_replays_in_every_setting(
     run = run_of(pipeline, 6)
     names = ["deepcache", "tgate"]
     settings = [
-        {"cache_interval": interval, "gate_step": gate, "sp_interval": 2, "warm_up": 1}
-        for interval, gate in ((2, 4), (3, 3), (6, 6))
+        {
+            "cache_interval": interval,
+            "cache_branch_id": branch,
+            "gate_step": gate,
+            "sp_interval": 2,
+            "warm_up": 1,
+        }
+        for interval, branch, gate in ((2, 1, 4), (3, 4, 3), (6, 1, 6))
     ]
     baseline = images(pipeline, steps=6)
     expected = []
@@ -275,15 +281,54 @@ def test_each_kind_of_step_is_captured_once_and_replays_in_every_setting(
     assert torch.equal(images(pipeline, steps=6), baseline)
 
 
+def test_what_changes_between_applications_is_not_forgotten(
+    make_pipeline: MakePipeline, captures: list[Recorded]
+) -> None:
+    def accelerated() -> torch.Tensor:
+        with apply("compile", pipeline, **NO_MODE, cuda_graphs=True):
+            return images(pipeline)
+
+    pipeline = make_pipeline()
+    accelerated()
+    unet = pipeline.unet
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    changes: list[Callable[[], object]] = [
+        lambda: unet.conv_in.weight.data.mul_(1.5),
+        lambda: attention.to_v.weight.data.mul_(3),
+        lambda: unet.conv_in.bias.data.add_(0.5),
+        lambda: pipeline.enable_freeu(s1=0.5, s2=0.5, b1=1.5, b2=1.5),
+        lambda: pipeline.to(dtype=torch.float64),
+    ]
+    before = images(pipeline)
+    for change in changes:
+        change()
+        image = images(pipeline)
+        close(accelerated(), image, image)
+        if change is not changes[-1]:
+            assert not torch.equal(image, before)
+        before = image
+
+
+def test_phases_of_two_methods_are_told_apart(captures: list[Recorded]) -> None:
+    graphs = compile_module._Graphs((0, 0))
+    kept = Kept()
+    call = ((torch.ones(2),), {})
+    for which, factor in enumerate((2.0, 3.0)):
+        phases = (("first" if which == 0 else "second", lambda: True),)
+        output = graphs.run(lambda x, f=factor: (f * x,), "setting", phases, kept, call)
+        assert torch.equal(output[0], torch.full((2,), factor))
+    assert len(captures) == 2
+
+
 def test_a_method_that_does_not_tell_its_phase_is_not_captured(
     make_pipeline: MakePipeline, captures: list[Recorded]
 ) -> None:
     pipeline = make_pipeline()
-    run = replace(run_of(pipeline), phases=(None,))
+    run = replace(run_of(pipeline), phases=(("silent", None),))
     params = {one.name: one.default for one in METHODS["compile"].parameters}
     state = state_of(pipeline)
     with (
-        pytest.raises(UnsupportedError, match="set cuda_graphs to false"),
+        pytest.raises(UnsupportedError, match="but silent does not; set cuda_graphs to false"),
         METHODS["compile"].apply(pipeline, params, run),
     ):
         pytest.fail("the body must not run")

@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from accelsearch.errors import PluginError
+from accelsearch import methods
+from accelsearch.errors import PluginError, UnsupportedError
 from accelsearch.methods import METHODS, applied
 from accelsearch.methods.base import AccelerationMethod, Parameter
 from accelsearch.methods.plugins import GROUP, installed
@@ -54,8 +56,29 @@ def test_the_documented_example_keeps_the_contract(
         assert state_of(pipeline) == state
         assert not torch.equal(first, baseline)
         assert torch.equal(images(pipeline), baseline)
-        with example().apply(pipeline, {"skip_from": run.steps}, run):
+        with applied(pipeline, {"skip_from": run.steps}, ["midskip"], run):
             assert torch.equal(images(pipeline), baseline)
+
+
+def test_the_documented_example_runs_inside_of_the_other_methods(
+    make_pipeline: MakePipeline, example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = dict(METHODS)
+    monkeypatch.setattr(methods, "METHODS", {"midskip": example(), **own})
+    pipeline = make_pipeline("sdxl")
+    # The step at the gate is computed in full, and its mid block skipped.
+    params = {"cache_interval": 2, "cache_branch_id": 8, "gate_step": 3, "skip_from": 3}
+    with methods.applied(pipeline, params, ["deepcache", "tgate", "midskip"], run_of(pipeline)):
+        first = images(pipeline)
+        assert torch.equal(images(pipeline), first)
+
+
+def test_the_documented_example_refuses_what_it_cannot_count(
+    make_pipeline: MakePipeline, example: Any
+) -> None:
+    pipeline = make_pipeline("sdxl", "HeunDiscreteScheduler")
+    with pytest.raises(UnsupportedError, match="first order"):
+        example().check(pipeline, run_of(pipeline))
 
 
 def test_an_installed_package_adds_its_method_to_every_command(
@@ -84,7 +107,13 @@ def test_an_installed_package_adds_its_method_to_every_command(
 
     listed = json.loads(accelsearch("methods", "--json").stdout)
     assert [one["name"] for one in listed["midskip"]] == ["skip_from"]
-    assert list(listed)[-1] == "compile"  # around all the others
+    assert list(listed) == ["midskip", "tome", "tgate", "deepcache", "compile"]
+    imported = subprocess.run(
+        [sys.executable, "-c", "import accelsearch_midskip"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert imported.returncode == 0  # as its own tests would, before anything of ours
 
     (tmp_path / "accelsearch_midskip.py").write_text("import nothing_of_that_name\n")
     broken = accelsearch("methods")
@@ -102,6 +131,24 @@ class Fine(AccelerationMethod):
     parameters = (Parameter("fineness", "int", 1, "m", "s", low=1, high=2),)
     pipelines = ("StableDiffusionPipeline",)
     libraries = ("fine-package",)
+
+    def check(self, pipeline: Any, run: Any) -> None: ...
+
+    def space(self, pipeline: Any, run: Any) -> tuple[Parameter, ...]:
+        return self.parameters
+
+    @contextmanager
+    def apply(self, pipeline: Any, params: Any, run: Any) -> Iterator[None]:
+        yield
+
+    def implementation(self) -> str:
+        return "fine-package 2.0"
+
+
+def without(member: str) -> type[AccelerationMethod]:
+    members = {name: value for name, value in vars(Fine).items() if not name.startswith("_")}
+    members.pop(member)
+    return type("Without", (AccelerationMethod,), members)
 
 
 def renamed(**members: Any) -> type[Fine]:
@@ -139,7 +186,11 @@ def test_a_class_and_an_object_are_both_taken(entry: Entry) -> None:
 @pytest.mark.parametrize(
     ("loaded", "why"),
     [
-        (object(), "it must inherit from AccelerationMethod, but has no"),
+        (object(), "it must inherit from AccelerationMethod"),
+        *(
+            (without(member), f"it must define {member}")
+            for member in ("pipelines", "libraries", "check", "space", "apply", "implementation")
+        ),
         (renamed(name="finer"), "it must be called as its entry point, but is 'finer'"),
         (renamed(parameters=()), "its parameters must be a tuple of Parameter, and not empty"),
         (renamed(parameters=("fineness",)), "its parameters must be a tuple of Parameter"),

@@ -82,7 +82,10 @@ def work_of(pipeline: Any) -> Iterator[list[int]]:
 
 
 def state_of(pipeline: Any) -> list[dict[str, int]]:
-    """Class, attributes and hooks of every module, and of the pipeline, by their identities."""
+    """Class, attributes, hooks and weights of every module, of the pipeline and its scheduler.
+
+    By their identities, and the weights by their addresses.
+    """
     modules = [
         module
         for component in pipeline.components.values()
@@ -93,8 +96,15 @@ def state_of(pipeline: Any) -> list[dict[str, int]]:
         {name: id(value) for name, value in vars(holder).items()}
         | {f"hook {key}": id(hook) for key, hook in _hooks(holder).items()}
         | {"class": id(type(holder))}
+        | {f"weight {key}": one.data_ptr() for key, one in _weights(holder).items()}
         for holder in (*modules, pipeline)
-    ]
+    ] + [{name: id(value) for name, value in vars(pipeline.scheduler).items() if callable(value)}]
+
+
+def _weights(holder: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: one for name, one in getattr(holder, "_parameters", {}).items() if one is not None
+    }
 
 
 def _hooks(holder: Any) -> dict[int, Any]:
