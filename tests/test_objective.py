@@ -534,6 +534,32 @@ def test_the_environment_names_the_libraries_of_the_methods(
     assert environment.device_type == "cpu"
     assert environment.versions["DeepCache"] == version("DeepCache")
     assert "DeepCache" not in environment_of(make_configuration(methods=())).versions
+    assert "torch.compile" not in environment.versions
+
+
+def test_a_study_with_compile_goes_on_only_with_the_same_compiler(
+    make_configuration: MakeConfiguration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration = make_configuration(methods=("compile", "deepcache"))
+    identities = set()
+    for compiler in ("inductor", "eager"):
+        monkeypatch.setattr(objective, "backend", lambda device_type, one=compiler: one)
+        environment = environment_of(configuration)
+        assert environment.versions["torch.compile"] == compiler
+        identities.add(environment.identity())
+    assert len(identities) == 2
+
+
+def test_a_combination_reports_compilation_only_where_it_compiles(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelsearch.methods.compile.backend", lambda device_type: "eager")
+    bench = make_bench(methods=("compile", "deepcache"), latency=ONE_PAIR)
+    compiled = bench.starts()[0]
+    assert compiled["mode"] == "default"
+    assert bench.measure(compiled, score=False).measurement.compile_s is not None
+    idle = compiled | {"mode": "none"}
+    assert bench.measure(idle, score=False).measurement.compile_s is None
 
 
 def test_a_method_that_cannot_serve_the_pipeline_stops_the_bench(

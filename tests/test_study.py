@@ -803,6 +803,38 @@ def test_a_combination_starts_from_what_its_parts_found(lab: Lab) -> None:
     assert elsewhere.known == []
 
 
+def test_parts_are_judged_by_the_budgets_of_the_combination(lab: Lab) -> None:
+    loose = (Budget(metric="clip_score", max_loss=0.5),)
+    part = lab.search(Stand(), methods=("deepcache",), budgets=loose, trials=12)
+    assert part.best is not None
+    assert part.best.params["cache_interval"] == 5
+    whole = Stand()
+    lab.search(whole, methods=("deepcache", "tome"), trials=1)
+    assert [one["cache_interval"] for one in whole.known] == [3]  # the fastest within 3.5 %
+
+
+def test_a_part_that_this_version_cannot_read_is_left_out(lab: Lab) -> None:
+    lab.search(Stand(), methods=("deepcache",), trials=1)
+    stored = lab.study.user_attrs["configuration"]
+    lab.study.set_user_attr("configuration", {**stored, "of_a_later_version": 1})
+    whole = Stand()
+    lab.search(whole, methods=("deepcache", "tome"), trials=1)
+    assert whole.known == []
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+def test_a_space_too_large_to_list_is_drawn_from_without_repeating(
+    lab: Lab, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ENUMERABLE", 5)
+    stand = Stand()
+    found = lab.search(stand, trials=11, sampler=sampler)
+    assert found.stopped == "the limit of 11 trials"
+    measured = {(one["cache_interval"], one["cache_branch_id"]) for one in stand.measured}
+    assert len(measured) == len(stand.measured) == 11
+    assert measured < EVERY
+
+
 def test_nothing_feasible_has_no_best(lab: Lab) -> None:
     found = lab.search(Stand(), trials=3, budgets=(Budget(metric="clip_score", max_loss=0.0),))
     assert found.best is None
