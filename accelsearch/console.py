@@ -192,8 +192,9 @@ def bounds_table(found: Iterable[Found]) -> Table:
     table = Table(title="Upper bounds", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.pad_edge = table.show_edge = False  # to fit into 80 columns
     for name in ("configuration", "baseline", "best feasible", "score loss", "pruned"):
-        # So wide that a parameter and its value, or a speedup and its interval, stay on one line.
-        width = 18 if name == "best feasible" else None
+        # So wide that a parameter and its value, a speedup and its interval, or a number of trials
+        # and what became of them, stay on one line.
+        width = {"best feasible": 18, "pruned": 13}.get(name)
         table.add_column(name, overflow="fold", min_width=width)
     for one in found:
         study, best = one.study, one.best
@@ -209,7 +210,7 @@ def bounds_table(found: Iterable[Found]) -> Table:
 
 
 def _name(configuration: Configuration) -> str:
-    methods = "+".join(configuration.methods) or "no method"
+    methods = " +\n".join(configuration.methods) or "no method"
     model = configuration.model.rstrip("/").rsplit("/", 1)[-1]
     scheduler = configuration.scheduler.removesuffix("Scheduler")
     return f"{model}\n{scheduler}\n{configuration.steps} steps\n{methods}"
