@@ -170,6 +170,7 @@ def _shared(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
         "speedup_interval": None if interval is None else list(interval),
         "baseline_latency_s": measurement.latency.baseline_median_s,
         "latency_s": measurement.latency.accelerated_median_s,
+        "compile_s": measurement.compile_s,
         "baseline_peak_memory_bytes": measurement.baseline_peak_memory_bytes,
         "peak_memory_bytes": measurement.peak_memory_bytes,
         "methods": list(configuration.methods),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -310,6 +311,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
     for setting in settings(name):
         if options.row and setting.name not in options.row:
             continue
+        print(f"{time.strftime('%X')} {name}: {setting.name}", file=sys.stderr, flush=True)
         timing = measured(pipeline, configuration, setting)
         rows.append(row(setting, timing, pipeline))
         if not rows[1:]:

@@ -148,6 +148,7 @@ def test_an_entry_says_where_on_what_and_how_it_was_measured(
             "speedup_interval": [pytest.approx(2.0), pytest.approx(2.0)],
             "baseline_latency_s": 2.0,
             "latency_s": 1.0,
+            "compile_s": None,
             "peak_memory_bytes": 3_000_000_000,
             "verified": False,  # the search's own prompts are no proof
         }
