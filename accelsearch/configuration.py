@@ -80,7 +80,8 @@ def load_plan(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None 
         plan = Plan.model_validate(_anchored(data, file.absolute().parent))
         plan.configurations()
     except ValidationError as error:
-        raise PlanError(f"{file}: {_first_problem(error)}") from None
+        problem = _first_problem(error)
+        raise PlanError(f"{file}: {_told(problem)}{_blamed(problem, overrides or {})}") from None
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from None
     return plan
@@ -655,15 +656,24 @@ _MUST = {
 }
 
 
-def _first_problem(error: ValidationError) -> str:
-    """The first problem in one line: `steps[0] must be >= 1, got 0`."""
+def _first_problem(error: ValidationError) -> ErrorDetails:
+    """The first problem, or the misspelt key that is the cause of it."""
     problems = error.errors(include_url=False)
     # A misspelt key is the cause where the right one is reported missing.
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    return _told((unknown or problems)[0])
+    return (unknown or problems)[0]
+
+
+def _blamed(problem: ErrorDetails, overrides: Mapping[str, Any]) -> str:
+    """What to add where an option says what is wrong, so that nobody looks for it in the file."""
+    path = ".".join(str(part) for part in problem["loc"])
+    given = (key for key, value in overrides.items() if value is not None)
+    by_option = any(path == key or path.startswith(f"{key}.") for key in given)
+    return " (given by an option, not by the file)" if by_option else ""
 
 
 def _told(problem: ErrorDetails) -> str:
+    """A problem in one line: `steps[0] must be >= 1, got 0`."""
     kind, location, context = problem["type"], problem["loc"], problem.get("ctx", {})
     path = "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in location

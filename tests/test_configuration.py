@@ -551,6 +551,11 @@ def test_a_wrong_value_is_told_in_one_line(
     assert refusal(write(MINIMAL), overrides).startswith(told)
 
 
+def test_a_wrong_value_of_the_file_is_not_blamed_on_an_option(write: Write) -> None:
+    told = refusal(write(MINIMAL + "steps = [0]\n"), {"device": "cpu", "schedulers": None})
+    assert told == "steps[0] must be >= 1, got 0"
+
+
 @pytest.mark.parametrize("key", ["model", "methods", "budgets"])
 def test_a_missing_key_is_named(write: Write, key: str) -> None:
     lines = [line for line in MINIMAL.splitlines() if not line.startswith(key)]
