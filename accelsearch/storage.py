@@ -236,8 +236,10 @@ def create_study(
         load_if_exists=True,
     )
     study.set_metric_names(["speedup"])
-    # pydantic warns of the ranges in `space`, which it writes as it reads them.
-    stored = configuration.model_dump(mode="json", warnings=False)
+    # pydantic warns of the ranges in `space`, which it writes as it reads them. The prompts that
+    # the search never sees stay with the plan: they may be more than an attribute holds (64 KB on
+    # MySQL).
+    stored = configuration.model_dump(mode="json", warnings=False, exclude={"held_out_prompts"})
     attributes = {_ENVIRONMENT: environment.to_dict(), _CONFIGURATION: stored}
     for name, value in attributes.items():
         if study.user_attrs.get(name) != value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import sys
 import threading
@@ -20,7 +21,13 @@ from stored import ENVIRONMENT, PARAMS, add_trial, configured, measured, new_dat
 
 from accelsearch import storage
 from accelsearch.budget import violation
-from accelsearch.configuration import Budget, LatencySettings, Range, SearchSettings
+from accelsearch.configuration import (
+    Budget,
+    LatencySettings,
+    Range,
+    SearchSettings,
+    load_plan,
+)
 from accelsearch.errors import StorageError
 from accelsearch.measurement import Measurement, Scores
 from accelsearch.storage import (
@@ -208,10 +215,20 @@ def test_configuration_and_environment_come_back(database: BaseStorage, url: str
     environment = replace(ENVIRONMENT, driver=None, cuda=None, device_type="cpu", threads=4)
     made = create_study(database, configuration, environment, RandomSampler())
     (stored,) = read_studies(open_storage(url))
-    assert stored.configuration == configuration
+    # But for the prompts that a search never sees, which stay with the plan.
+    assert stored.configuration == configuration.model_copy(update={"held_out_prompts": ()})
     assert stored.environment == environment
     assert stored.name == made.study_name == study_name(configuration, environment)
     assert stored.trials == ()
+
+
+def test_a_stored_configuration_fits_into_an_attribute(database: BaseStorage) -> None:
+    plan = Path(__file__).parents[1] / "studies" / "shapes-demo.toml"
+    (configuration,) = load_plan(plan).configurations()
+    assert len(configuration.held_out_prompts) > 500
+    study = create_study(database, configuration, ENVIRONMENT, RandomSampler())
+    stored = json.dumps(study.user_attrs["configuration"]).encode()
+    assert len(stored) < 2**16 / 4  # MySQL's limit, with room for longer prompts
 
 
 @pytest.mark.filterwarnings("error")
