@@ -186,7 +186,8 @@ def test_methods_are_sorted_and_known_from_the_registry(
     (cell,) = load_plan(path).configurations()
     assert cell.methods == ("aardvark", "deepcache")
     assert refusal(path, {"methods": [["deepcache", "aardvark"], ["aardvark", "deepcache"]]}) == (
-        "methods must not repeat a value, got ['aardvark', 'deepcache'] twice"
+        "methods must not repeat a value, got ['aardvark', 'deepcache'] twice "
+        "(given by an option, not by the file)"
     )
 
 
