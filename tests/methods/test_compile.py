@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from accelsearch.errors import UnsupportedError
 from accelsearch.methods import METHODS, applied
 from accelsearch.methods import compile as compile_module
-from accelsearch.methods.compile import _regions, backend
+from accelsearch.methods.compile import _group_norms_channels_last, _regions, backend
 from accelsearch.methods.patching import Kept, map_tensors
 
 from .tiny import MakePipeline, apply, images, run_of, state_of
@@ -427,3 +427,28 @@ def close(accelerated: torch.Tensor, expected: torch.Tensor, baseline: torch.Ten
     assert error < 1e-3
     if not torch.equal(expected, baseline):
         assert error < 0.1 * (expected - baseline).abs().mean()
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 5, 7), (2, 32, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_group_norm_channels_last_computes_what_torch_does(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(8, 32, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    norm = norm.to(dtype)
+    inputs = (3 * torch.randn(shape) + 1).to(dtype)
+    expected = norm(inputs)
+    holder = torch.nn.Sequential(norm)
+    with _group_norms_channels_last((holder,)):
+        assert type(norm) is not torch.nn.GroupNorm
+        assert list(_regions(holder)) == [norm]
+        found = norm(
+            inputs.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else inputs
+        )
+    assert type(norm) is torch.nn.GroupNorm
+    assert found.dtype == dtype
+    assert torch.allclose(found, expected, atol=1e-5 if dtype is torch.float32 else 5e-3)
+    assert torch.equal(norm(inputs), expected)
