@@ -55,6 +55,7 @@ from accelsearch.methods import METHODS, Parameter, Value
 PLAN = Path(__file__).parent.parent / "studies" / "shapes-demo.toml"
 SPLITS = ("search", "verification", "truth")  # equal and disjoint, in the order of the prompts
 METRICS = ("clip_score", "psnr", "ssim")
+STEPS = 20
 FORMAT = 1
 
 # Where the whole product is too large, the part of it that is recorded: the identities, the
@@ -63,7 +64,7 @@ PARTS: dict[tuple[str, ...], dict[str, tuple[Value, ...]]] = {
     ("deepcache", "tgate"): {
         "cache_interval": (1, 2, 3, 5, 8),
         "cache_branch_id": (0, 1, 3, 6),
-        "gate_step": (4, 6, 8, 11, 15, 20),  # of 20 steps; 20 gates nothing
+        "gate_step": (4, 6, 8, 11, 15, STEPS),  # the last one gates nothing
         "sp_interval": (1, 5),
         "fi_interval": (1,),
         "warm_up": (2,),
@@ -80,12 +81,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/data/METHODS.npz")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=192, help="of all three splits together")
     parser.add_argument("--batch", type=int, default=64, help="images of one call")
     parser.add_argument("--pairs", type=int, default=6, help="no fewer than calls for all prompts")
     parser.add_argument("--limit", type=int, help="record so many settings, evenly spread")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds in all")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        help="seconds in all: it leaves fewer pairs of each setting, and then fewer settings",
+    )
     options = parser.parse_args()
     if options.prompts % len(SPLITS) or options.prompts % options.batch:
         parser.error("--prompts must be a multiple of 3, the splits, and of --batch")
@@ -94,11 +99,14 @@ def main() -> int:
     grid = grid_of(recorder.space)
     chosen = np.linspace(0, len(grid) - 1, min(options.limit or len(grid), len(grid)))
     rows = np.unique(chosen.round().astype(int)).tolist()
+    setting_s = (options.time_limit - (time.monotonic() - started)) / len(rows)
+    recorder.take_at_most(setting_s)
     meta = described(configuration, recorder, len(grid))
     out = options.out or PLAN.parent.parent / "benchmarks/data" / f"{'+'.join(meta['methods'])}.npz"
     print(
         f"{meta['environment']['device']}, {configuration.dtype}: {len(rows)} of {len(grid)} "
-        f"settings, a baseline call takes {min(recorder.baseline_image_s):.3f} s",
+        f"settings, {recorder.pairs} pairs of each, "
+        f"a baseline call takes {min(recorder.baseline_image_s):.3f} s",
         flush=True,
     )
     recorded: dict[int, Recorded] = {}
@@ -134,7 +142,7 @@ def configured(options: argparse.Namespace) -> Configuration:
     overrides = {
         "methods": [list(chosen)],
         "space": {name: list(values) for name, values in PARTS.get(chosen, {}).items()},
-        "steps": [options.steps],
+        "steps": [STEPS],
         "images": options.prompts // len(SPLITS),
         "batch_size": options.batch,
         "dtype": options.dtype or ("float16" if on_gpu else "float32"),
@@ -223,6 +231,14 @@ class Recorder:
         self.baseline_score_s = [took_s for took_s, _ in scored]
         self.baseline_clip_score = [one for _, scores in scored for one in scores["clip_score"]]
         self.one_by_one_s = self._clip.check(self._baseline[0])
+
+    def take_at_most(self, setting_s: float) -> None:
+        """Measure no more pairs than fit into so many seconds, but all prompts."""
+        # A setting is a warm-up and its pairs. An accelerated call takes about 2/3 of the
+        # baseline's, and scoring little beside them.
+        calls = 0.9 * setting_s / min(self.baseline_image_s)
+        affordable = int(min((calls - 2 / 3) / (1 + 2 / 3), self.pairs))
+        self.pairs = max(affordable, len(self.batches))
 
     @property
     def space(self) -> tuple[Parameter, ...]:
