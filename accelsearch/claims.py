@@ -35,6 +35,7 @@ __all__ = [
     "release_claim",
     "remove_worker",
     "say_farewell",
+    "say_study",
 ]
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ _WORKERS = Table(
     Column("started", Double, nullable=False),
     Column("seen", Double, nullable=False),
     Column("trials", Integer, nullable=False),  # finished ones
+    Column("study_id", Integer),  # that it is at, also while it loads the pipeline
     Column("farewell", Text, nullable=False),  # why it ended its process, if it could say so
 )
 _CLAIMS = Table(
@@ -91,6 +93,7 @@ class WorkerRow:
     age_s: float
     unseen_s: float
     trials: int
+    study_id: int | None
     farewell: str
 
 
@@ -133,6 +136,17 @@ def beat(engine: Engine, worker: str, trials: int) -> bool:
             _WORKERS.update().where(_WORKERS.c.id == worker).values(seen=_now(engine), trials=trials)
         )
         return connection.execute(change).rowcount == 1
+
+
+def say_study(engine: Engine, worker: str, study_id: int | None) -> None:
+    """Say which study a worker is at."""
+    change = _WORKERS.update().where(_WORKERS.c.id == worker).values(study_id=study_id)
+
+    def say() -> None:
+        with engine.begin() as connection:
+            connection.execute(change)
+
+    patiently(say)
 
 
 def say_farewell(engine: Engine, worker: str, why: str) -> None:
@@ -258,6 +272,7 @@ def _worker(row: Any) -> WorkerRow:
         age_s=row["now"] - row["started"],
         unseen_s=row["now"] - row["seen"],
         trials=row["trials"],
+        study_id=row["study_id"],
         farewell=row["farewell"],
     )
 

@@ -104,6 +104,62 @@ def bounds(
     return code or (0 if any(one.best for one in found) else 1)
 
 
+@app.command(epilog="Example: accelsearch worker PLAN --storage postgresql://host/db")
+def worker(
+    plan: PlanFile,
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    trials: Annotated[
+        int | None, typer.Option(help="Trials a study, instead of the plan's.")
+    ] = None,
+    trial_timeout_s: Annotated[
+        float | None, typer.Option(help="Seconds a trial may take; then this process is ended.")
+    ] = None,
+    device: Device = None,
+    name: Annotated[str, typer.Option(help="What this worker is called in `status`.")] = "",
+    bench: Annotated[
+        str | None, typer.Option(hidden=True, envvar="ACCELSEARCH_BENCH", help="MODULE:NAME")
+    ] = None,
+) -> int:
+    """Work on a plan beside other workers, on whatever machine, that share its database.
+
+    Ends when every configuration is done. Ctrl-C gives the running trial back.
+    """
+    from accelsearch.configuration import load_plan
+
+    overrides = {
+        "search.trials": trials,
+        "search.trial_timeout_s": trial_timeout_s,
+        "device": device,
+    }
+    configurations = load_plan(plan, overrides).configurations()
+
+    import signal
+
+    from accelsearch.console import progress_on
+    from accelsearch.heartbeat import Worker
+    from accelsearch.storage import engine, open_storage
+    from accelsearch.workers import device_told, stand_in, work
+
+    # Slurm and launchers end a process by this signal: give the trial back, as for Ctrl-C.
+    signal.signal(signal.SIGTERM, _interrupt)
+    make, where = stand_in(bench)
+    database = open_storage(storage)
+    with Worker(engine(database), device=device_told(device), name=name) as this:
+        done = work(
+            configurations,
+            database,
+            this,
+            artifacts=artifacts,
+            progress_on=lambda: progress_on(_stderr()),
+            where=where,
+            bench=make,
+        )
+    for slug, error in done.failed.items():
+        _complain(f"{slug}: {error}")
+    return max((error.exit_code for error in done.failed.values()), default=0)
+
+
 @app.command(epilog="Example: accelsearch measure studies/shapes-demo.toml --set cache_interval=3")
 def measure(
     plan: PlanFile,
@@ -377,6 +433,14 @@ def _stderr() -> Console:
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    import signal
+
+    # Once is enough: what follows gives the trial back.
+    signal.signal(signum, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:

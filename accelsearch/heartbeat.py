@@ -137,6 +137,10 @@ class Worker:
             claim, self._claim = self._claim, None
             claims.release_claim(self._engine, *claim, self.identity.id)
 
+    def at(self, study_id: int | None) -> None:
+        """Say which study this worker is at."""
+        claims.say_study(self._engine, self.identity.id, study_id)
+
     def others(self, study_id: int) -> list[dict[str, ParamValue]]:
         """The settings of a study that other workers are measuring."""
         found = claims.all_claims(self._engine, study_id)

@@ -51,6 +51,7 @@ __all__ = [
     "exists",
     "give_up",
     "is_lost",
+    "is_over",
     "open_storage",
     "read_parts",
     "read_studies",
@@ -59,7 +60,9 @@ __all__ = [
     "redacted",
     "retries_of",
     "running_trial",
+    "say_settings",
     "say_worker",
+    "settings_of",
     "study_name",
 ]
 
@@ -80,6 +83,7 @@ _CONFIGURATION, _ENVIRONMENT = "configuration", "environment"
 _MEASUREMENT, _OUTCOME, _REASON = "measurement", "outcome", "reason"
 _REUSED, _SECONDS = "reused_from", "seconds"
 _WORKER, _LOST = "worker", "lost"
+_SETTINGS = "settings"
 
 
 class Outcome(StrEnum):
@@ -289,6 +293,18 @@ def create_study(
     return study
 
 
+def say_settings(study: optuna.Study, count: int) -> None:
+    """Store how many settings there are in all, which only a loaded pipeline tells."""
+    if study.user_attrs.get(_SETTINGS) != count:
+        study.set_user_attr(_SETTINGS, count)
+
+
+def settings_of(study: optuna.Study) -> int | None:
+    """How many settings there are in all; None where nobody knows, or they cannot be counted."""
+    count = study.user_attrs.get(_SETTINGS)
+    return count if isinstance(count, int) else None
+
+
 def record(
     trial: optuna.Trial,
     outcome: Outcome,
@@ -357,6 +373,12 @@ def give_up(storage: BaseStorage, trial: FrozenTrial, outcome: Outcome, reason: 
     for name, value in ((_REASON, reason), (_LOST, True), (_OUTCOME, outcome.value)):
         storage.set_trial_user_attr(trial._trial_id, name, value)
     storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+
+def is_over(trial: FrozenTrial) -> bool:
+    """Whether a trial has ended and counts: it was neither interrupted nor taken over."""
+    outcome = trial.user_attrs.get(_OUTCOME)
+    return trial.state.is_finished() and outcome in _ENDED and _REUSED not in trial.user_attrs
 
 
 def is_lost(trial: FrozenTrial) -> bool:

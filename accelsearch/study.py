@@ -36,6 +36,8 @@ from accelsearch.storage import (
     read_parts,
     read_study,
     record,
+    say_settings,
+    settings_of,
 )
 from accelsearch.turns import finish, take
 
@@ -82,10 +84,14 @@ class Silent:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ended with: the study as stored, and why it stopped."""
+    """What a search ended with: the study as stored, and why it stopped.
+
+    `pending` are the settings that other workers were measuring then.
+    """
 
     study: StoredStudy
     stopped: str
+    pending: tuple[Mapping[str, ParamValue], ...] = ()
 
     @property
     def best(self) -> StoredTrial | None:
@@ -140,6 +146,7 @@ def search(
     _make_folder(artifacts)
     environment = where(configuration)
     study = create_study(storage, configuration, environment, _sampler(settings, 0))
+    worker.at(study._study_id)
     reconcile(study, worker)
     stored = _read(study, configuration)
     # Going on with the same seed would suggest again what it suggested in the beginning, and two
@@ -149,6 +156,9 @@ def search(
     progress.study_started(stored, environment)
     if len(_measured(stored)) >= settings.trials:
         return _finished(progress, stored, _limit(settings))
+    size = settings_of(study)
+    if size is not None and len(_measured(stored)) >= size:
+        return _finished(progress, stored, _exhausted(size))
 
     ready = bench(configuration, progress.doing)
     space = ready.space
@@ -156,6 +166,8 @@ def search(
     # Where a parameter is continuous, no number of settings is all of them.
     finite = all(parameter.values() is not None for parameter in space)
     size = len(every) if finite and every is not None else None
+    if size is not None:
+        say_settings(study, size)
     parts = read_parts(storage, configuration)
     # By the budgets of this search.
     best = (fastest_feasible(replace(one, configuration=configuration)) for one in parts)
@@ -171,13 +183,14 @@ def search(
             return _finished(progress, stored, _exhausted(size))
         if time.monotonic() > deadline:
             return _finished(progress, stored, f"the time limit of {settings.timeout_s:g} s")
-        others = {_setting(space, one) for one in worker.others(study._study_id)}
+        claimed = worker.others(study._study_id)
+        others = {_setting(space, one) for one in claimed}
         tried = _settings(space, stored).keys() | others
         if others and (
             len(_measured(stored)) + len(others) >= settings.trials
             or (size is not None and len(tried) >= size)
         ):
-            return _finished(progress, stored, OTHERS)
+            return _finished(progress, stored, OTHERS, claimed)
         first = (*_lost(space, stored), *starts)
         chosen = next((one for one in first if _setting(space, one) not in tried), None)
         # A sampler that has come round to what it knows gets something new to learn from.
@@ -185,8 +198,9 @@ def search(
             chance = random.Random(settings.seed + len(stored.trials) + lane)  # noqa: S311
             chosen = _fresh(space, every, tried, chance)
             if chosen is None:
-                told = OTHERS if others else "the whole grid is measured"
-                return _finished(progress, stored, told)
+                if others:
+                    return _finished(progress, stored, OTHERS, claimed)
+                return _finished(progress, stored, "the whole grid is measured")
         running = take(study, space, worker, chosen, limit_s=settings.trial_timeout_s)
         stored = _read(study, configuration)
         if running is None:  # another worker has this setting
@@ -251,7 +265,8 @@ class _Trial:
         )
         if result.outcome is not Outcome.FEASIBLE:
             raise optuna.TrialPruned(result.outcome.value)
-        self._keep_picture(trial, result)
+        if result.images is not None:
+            self._keep_picture(trial, result)
         return result.measurement.latency.speedup
 
     def _repeat(self, trial: optuna.Trial, known: StoredTrial) -> float:
@@ -422,7 +437,12 @@ def _make_folder(artifacts: Path) -> None:
         )
 
 
-def _finished(progress: Progress, stored: StoredStudy, stopped: str) -> Found:
-    found = Found(stored, stopped)
+def _finished(
+    progress: Progress,
+    stored: StoredStudy,
+    stopped: str,
+    pending: Sequence[Mapping[str, ParamValue]] = (),
+) -> Found:
+    found = Found(stored, stopped, tuple(pending))
     progress.study_finished(found)
     return found
