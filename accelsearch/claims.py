@@ -133,7 +133,9 @@ def beat(engine: Engine, worker: str, trials: int) -> bool:
     """Say that a worker lives; whether its row is still there. One attempt."""
     with engine.begin() as connection:
         change = (
-            _WORKERS.update().where(_WORKERS.c.id == worker).values(seen=_now(engine), trials=trials)
+            _WORKERS.update()
+            .where(_WORKERS.c.id == worker)
+            .values(seen=_now(engine), trials=trials)
         )
         return connection.execute(change).rowcount == 1
 

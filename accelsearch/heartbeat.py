@@ -97,6 +97,14 @@ class Worker:
                 raise
 
     @property
+    def cut(self) -> bool:
+        """Whether the database was out of reach a moment ago.
+
+        Then the silence of others means nothing: they may have been cut off as well.
+        """
+        return self._cut_at is not None and time.monotonic() - self._cut_at < self.grace_s
+
+    @property
     def engine(self) -> Engine:
         return self._engine
 
@@ -161,14 +169,8 @@ class Worker:
 
     def lost(self, rows: Iterable[WorkerRow]) -> list[WorkerRow]:
         """Of these the other workers that live no more."""
-        # Whoever was cut off from the database cannot tell: the others may have been as well.
-        cut = self._cut_at is not None and time.monotonic() - self._cut_at < self.grace_s
-        grace_s = float("inf") if cut else self.grace_s
-        return [
-            row
-            for row in rows
-            if row.identity.id != self.identity.id and gone(row, grace_s)
-        ]
+        grace_s = float("inf") if self.cut else self.grace_s
+        return [row for row in rows if row.identity.id != self.identity.id and gone(row, grace_s)]
 
     def _live(self) -> None:
         pause_s = self._beat_s

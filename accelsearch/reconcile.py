@@ -11,11 +11,18 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from accelsearch.claims import Claim, WorkerRow, all_claims, all_workers, release_claim, remove_worker
+from accelsearch.claims import (
+    Claim,
+    WorkerRow,
+    all_claims,
+    all_workers,
+    release_claim,
+    remove_worker,
+)
 from accelsearch.heartbeat import Worker
-from accelsearch.storage import Outcome, complete_recorded, give_up, is_lost, retries_of
+from accelsearch.storage import Outcome, complete_recorded, give_up, is_lost, is_ours, retries_of
 
-__all__ = ["reconcile"]
+__all__ = ["reconcile", "reconcile_all"]
 
 
 def reconcile(study: optuna.Study, worker: Worker) -> None:
@@ -49,6 +56,13 @@ def reconcile(study: optuna.Study, worker: Worker) -> None:
         release_claim(worker.engine, claim.study_id, claim.setting, claim.worker)
     for row in lost.values():
         remove_worker(worker.engine, row.identity.id)
+
+
+def reconcile_all(storage: BaseStorage, worker: Worker) -> None:
+    """`reconcile` for every study of ours."""
+    for study in storage.get_all_studies():
+        if is_ours(study):
+            reconcile(optuna.load_study(study_name=study.study_name, storage=storage), worker)
 
 
 def _about_to_start(held: list[Claim], study: optuna.Study) -> bool:

@@ -24,6 +24,7 @@ import optuna
 import sqlalchemy
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 from sqlalchemy.engine import URL, Engine, make_url
@@ -38,7 +39,7 @@ from accelsearch.measurement import (
     ParamValue,
     score_loss,
 )
-from accelsearch.reconnect import PatientStorage
+from accelsearch.reconnect import PatientStorage, transient
 
 __all__ = [
     "Outcome",
@@ -51,6 +52,7 @@ __all__ = [
     "exists",
     "give_up",
     "is_lost",
+    "is_ours",
     "is_over",
     "open_storage",
     "read_parts",
@@ -77,6 +79,7 @@ _POSTGRES = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,  # ms
 }
+_STARTING_S = 60  # that a server may take to start
 _RACES = 10  # attempts to make the tables beside others who do
 _KINDS = ("sqlite", "postgresql", "mysql")
 _CONFIGURATION, _ENVIRONMENT = "configuration", "environment"
@@ -152,10 +155,12 @@ class StoredStudy:
     trials: tuple[StoredTrial, ...]
 
 
-def open_storage(url: str, *, create: bool = True) -> BaseStorage:
+def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> BaseStorage:
     """Open the database that `url` names, and create its file and tables if there are none.
 
     Without `create` nothing is changed: a file or tables that do not exist are an error instead.
+    A server that cannot be reached is waited for up to `patience_s`, and one that says that it is
+    starting a minute in any case.
 
     Raises:
         StorageError: the URL is none, names an unknown kind of database or one whose driver is
@@ -191,7 +196,7 @@ def open_storage(url: str, *, create: bool = True) -> BaseStorage:
     full = parsed.render_as_string(hide_password=False)
     template = full.replace("{", "{{").replace("}", "}}")
     try:
-        storage = _opened(template, options, create=create)
+        storage = _opened(template, options, create=create, patience_s=patience_s)
         if create and parsed.get_backend_name() == "sqlite":
             _use_write_ahead_log(storage)
     except ImportError as error:
@@ -375,6 +380,11 @@ def give_up(storage: BaseStorage, trial: FrozenTrial, outcome: Outcome, reason: 
     storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
+def is_ours(study: FrozenStudy) -> bool:
+    """Whether accelsearch made a study."""
+    return {_CONFIGURATION, _ENVIRONMENT} <= study.user_attrs.keys()
+
+
 def is_over(trial: FrozenTrial) -> bool:
     """Whether a trial has ended and counts: it was neither interrupted nor taken over."""
     outcome = trial.user_attrs.get(_OUTCOME)
@@ -404,8 +414,7 @@ def read_studies(
         StorageError: there is no study of a name, or what is stored cannot be read.
     """
     made = {study.study_name: study for study in storage.get_all_studies()}
-    ours = {_CONFIGURATION, _ENVIRONMENT}
-    made = {name: study for name, study in made.items() if ours <= study.user_attrs.keys()}
+    made = {name: study for name, study in made.items() if is_ours(study)}
     for name in names or ():
         if name not in made:
             raise StorageError(f"no study is named {name!r}{nearest(name, made)}")
@@ -532,13 +541,16 @@ def _sqlite_file(parsed: URL) -> Path | None:
     return Path(parsed.database)
 
 
-def _opened(template: str, options: dict[str, Any], *, create: bool) -> PatientStorage:
+def _opened(
+    template: str, options: dict[str, Any], *, create: bool, patience_s: float
+) -> PatientStorage:
     """The storage with its tables; who only reads changes nothing.
 
     Workers that open an empty database at once trip over each other's new tables: the one that
     loses tries again, and finds them made.
     """
-    for attempt in range(_RACES):
+    began, races = time.monotonic(), 0
+    while True:
         try:
             storage = PatientStorage(
                 template, engine_kwargs=dict(options), skip_table_creation=not create
@@ -547,12 +559,15 @@ def _opened(template: str, options: dict[str, Any], *, create: bool) -> PatientS
                 create_tables(storage.engine)
             return storage
         except (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
+            said = _cause(error)
             raced = isinstance(_database_error(error), sqlalchemy.exc.IntegrityError)
-            raced = raced or "already exists" in _cause(error)
-            if not (create and raced) or attempt == _RACES - 1:
+            raced = create and (raced or "already exists" in said)
+            races += raced
+            starting = "the database system is" in said  # ... starting up, shutting down
+            left_s = max(patience_s, _STARTING_S * starting) - (time.monotonic() - began)
+            if not (raced and races < _RACES) and not (transient(error) and left_s > 0):
                 raise
         time.sleep(random.uniform(0.1, 0.5))  # noqa: S311
-    raise AssertionError
 
 
 def _use_write_ahead_log(storage: RDBStorage) -> None:
