@@ -1,8 +1,9 @@
 """A bench that measures nothing and needs no torch, for worker processes in tests.
 
 Its results depend on the setting alone, so that whoever measures it finds the same. Environment
-variables say how long it takes (ACCELSEARCH_STANDIN_S) and where it tells what it measures
-(ACCELSEARCH_STANDIN_LOG, one line a measurement).
+variables say how long it takes (ACCELSEARCH_STANDIN_S), which setting never ends
+(ACCELSEARCH_STANDIN_HANGS, as "5,2"), and where it tells what it measures
+(ACCELSEARCH_STANDIN_LOG).
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class StandIn:
         self, params: Mapping[str, ParamValue], *, incumbent: float | None = None
     ) -> Result:
         self._tell("begins", params)
-        time.sleep(self._pause_s)
         interval, branch = int(params["cache_interval"]), int(params["cache_branch_id"])
+        hangs = f"{interval},{branch}" == os.environ.get("ACCELSEARCH_STANDIN_HANGS")
+        time.sleep(3600 if hangs else self._pause_s)
         if branch == 7:
             self._tell("failed", params)
             raise TrialError("images contain NaN")
