@@ -270,6 +270,9 @@ class SearchSettings(_Frozen):
     timeout_s: float | None = Field(default=None, gt=0)  # None: no limit
     sampler: Annotated[str, _known("sampler", lambda: SAMPLERS)] = "tpe"
     seed: _Seed = 0
+    # Of a setting whose worker was killed or hung; then it is failed.
+    max_retries: int = Field(default=2, ge=0)
+    trial_timeout_s: float | None = Field(default=None, gt=0)  # None: no limit
 
 
 class LatencySettings(_Frozen):
