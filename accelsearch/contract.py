@@ -33,10 +33,13 @@ __all__ = [
     "ParamsEntry",
     "buffered",
     "dumps",
+    "loads",
     "meets",
     "read",
+    "read_text",
     "within",
     "write",
+    "write_text",
 ]
 
 UPBOUND = "upbound_speedup"
@@ -210,21 +213,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         ContractError: the file cannot be read, is not one flat JSON object of entries, names a
             key twice, or holds a malformed key.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        reason = error.strerror or error
-        raise ContractError(f"{path} must be a readable file: {reason}") from None
-    except UnicodeDecodeError as error:
-        raise ContractError(f"{path} must be UTF-8 text: {error}") from None
-    try:
-        entries = json.loads(
-            text, object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_float=_finite
-        )
-    except ContractError as error:
-        raise ContractError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ContractError(f"{path} must be valid JSON: {error}") from None
+    entries = loads(read_text(path), path)
     if not isinstance(entries, dict):
         raise ContractError(f"{path} must hold one JSON object, got {shown(entries)}")
     for key, entry in entries.items():
@@ -247,14 +236,53 @@ def write(path: str | os.PathLike[str], entries: Mapping[str, Mapping[str, Any]]
         ContractError: as `dumps`.
         ExportError: the file cannot be written.
     """
-    text = dumps(entries)
+    write_text(path, dumps(entries))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ContractError: the file cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ContractError(f"{path} must be a readable file: {reason}") from None
+    except UnicodeDecodeError as error:
+        raise ContractError(f"{path} must be UTF-8 text: {error}") from None
+
+
+def loads(text: str, path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON text; `path` is named where it is malformed.
+
+    Raises:
+        ContractError: the text is no JSON, names a field twice, or holds NaN or an infinity.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_float=_finite
+        )
+    except ContractError as error:
+        raise ContractError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ContractError(f"{path} must be valid JSON: {error}") from None
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace the file at `path` by this text, in one step; its folder is created.
+
+    Raises:
+        ExportError: the file cannot be written.
+    """
     # A link keeps pointing where it pointed: its target is replaced, not the link.
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("x", encoding="ascii", newline="\n") as file:
+            with partial.open("x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

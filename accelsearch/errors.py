@@ -14,6 +14,7 @@ __all__ = [
     "PlanError",
     "PluginError",
     "StorageError",
+    "TaskError",
     "TrialError",
     "UnsupportedError",
     "nearest",
@@ -74,6 +75,12 @@ class TrialError(AccelSearchError):
     @property
     def reason(self) -> str:
         return str(self)
+
+
+class TaskError(AccelSearchError):
+    """One task cannot be understood, or no code can be made for it; the batch goes on."""
+
+    exit_code = 1
 
 
 class BaselineError(TrialError):

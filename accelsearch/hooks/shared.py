@@ -1,8 +1,8 @@
 """What hooks share that change a pipeline in place: counting its steps, keeping tensors from step
 to step, and putting everything back.
-
-Cheap to import: torch is imported where it is used.
 """
+
+# Cheap to import: torch is imported where it is used.
 
 from __future__ import annotations
 

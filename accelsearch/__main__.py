@@ -1,0 +1,5 @@
+"""`python -m accelsearch` is `accelsearch`."""
+
+from accelsearch.cli import main
+
+main()
