@@ -15,6 +15,7 @@ from accelsearch.errors import AccelSearchError, PlanError, StorageError, neares
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from accelsearch.codegen import Batch
     from accelsearch.configuration import Configuration
     from accelsearch.measurement import ParamValue
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 _UsageError: Any = typer.BadParameter.__bases__[0]
 _INTERRUPTED = 130  # Typer's answer to Ctrl-C
 _DEFAULT_STORAGE = "sqlite:///storage/accelsearch.db"
+_EXPORTS = Path("storage/exports")
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, studies/*.toml.")]
 Storage = Annotated[
     str,
@@ -237,6 +239,107 @@ def export(
     return 0 if exported.entries else 1
 
 
+@app.command(epilog="Example: accelsearch tasks --ratio 0.8 --ratio 0.9")
+def tasks(
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="The bounds, or the params with --from-params."),
+    ] = None,
+    from_params: Annotated[
+        bool, typer.Option("--from-params", help="One task for each stored setting instead.")
+    ] = False,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="A share of each bound to ask for; repeatable. 0.8, 0.9 and 0.95."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = _EXPORTS / "tasks.json",
+) -> int:
+    """Turn upper bounds into tasks that can be met, and write them to tasks.json."""
+    from accelsearch import codegen as code
+    from accelsearch import contract
+
+    if from_params:
+        if ratio:
+            raise PlanError("--ratio must be of a bound; leave it out with --from-params")
+        found = code.from_params(contract.read(source or _EXPORTS / "search_params.json"))
+    else:
+        bounds_file = source or _EXPORTS / "speedup_bounds.json"
+        found = code.from_bounds(contract.read(bounds_file), ratio or code.RATIOS)
+    code.write_tasks(out, found)
+    for task in found:
+        typer.echo(task["sentence"])
+    typer.echo(f"{len(found)} tasks in {out}", err=True)
+    return 0 if found else 1
+
+
+@app.command(epilog="Example: accelsearch codegen tasks.json --plan studies/shapes-demo.toml")
+def codegen(
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="[TASKS]", help="tasks.json, or a text of one sentence a line."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A sentence, instead of a file; repeatable.")
+    ] = None,
+    exports: Annotated[
+        Path, typer.Option(help="Folder of speedup_bounds.json and search_params.json.")
+    ] = _EXPORTS,
+    out: Annotated[Path, typer.Option(help="Folder of the scripts.")] = Path("storage/scripts"),
+    plan: Annotated[
+        Path | None, typer.Option(help="The plan to search when parameters are missing.")
+    ] = None,
+    search_command: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A command to search with, such as 'mine {plan} --speedup {speedup} {folder}'; "
+            "repeatable, run in this order."
+        ),
+    ] = None,
+    search_timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="Seconds that one task's search may take.")
+    ] = 3600.0,
+    search_unknown: Annotated[
+        bool, typer.Option("--search-unknown", help="Search also where no bound is known.")
+    ] = False,
+    closest: Annotated[
+        bool,
+        typer.Option("--closest", help="The nearest speedup, not the smallest loss."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or hub id, instead of the measured one.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Write a script for each task whose speedup is stored, or found by a search.
+
+    codegen_report.json says what became of each. Exit code 1 if a task failed.
+    """
+    from accelsearch import codegen as code
+
+    if source is not None and task:
+        raise PlanError("--task must be given instead of a file of tasks, got both")
+    wanted = list(task) if task else code.read_tasks(source or _EXPORTS / "tasks.json")
+    search = None
+    if search_command or plan is not None:
+        commands = [code.Template.of(text) for text in search_command or ()]
+        search = code.CommandSearch(
+            commands or code.default_search(), exports, plan, search_timeout_s
+        )
+    batch = code.generate(
+        wanted,
+        params=exports / "search_params.json",
+        bounds=exports / "speedup_bounds.json",
+        out=out,
+        search=search,
+        search_unknown=search_unknown,
+        closest=closest,
+        model=model,
+        told=lambda result: typer.echo(f"{result.status.value}: {result.sentence}", err=True),
+    )
+    _tell_batch(batch, as_json)
+    return 1 if batch.failed else 0
+
+
 @app.command(epilog="Example: accelsearch status --json")
 def status(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
     """Show the studies of a database: trials by outcome, and the best feasible one."""
@@ -352,6 +455,18 @@ def _one_setting(
             f"({cells}); choose one with --scheduler and --steps"
         )
     return configurations[0], params
+
+
+def _tell_batch(batch: Batch, as_json: bool) -> None:
+    """What became of each task: a table, or the report itself."""
+    if as_json:
+        _print_json([result.to_dict() for result in batch.results])
+        return
+    from accelsearch.console import batch_table
+
+    _stdout().print(batch_table(batch))
+    counts = ", ".join(f"{count} {status.value}" for status, count in batch.counts.items() if count)
+    typer.echo(f"{counts or 'no task'}; see {batch.report}", err=True)
 
 
 def _value(text: str) -> ParamValue:

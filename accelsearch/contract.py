@@ -198,7 +198,10 @@ def dumps(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """
     for text, entry in entries.items():
         key = Key.parse(text)
-        _check_entry(text, entry)
+        try:
+            _check_entry(text, entry)
+        except RecursionError:
+            raise ContractError(f"the entry of {text} is nested too deeply") from None
         for field in ("max_speedup",) if key.speedup is None else ("speedup", "score_loss"):
             if type(entry.get(field)) not in (int, float):
                 got = shown(entry[field]) if field in entry else "none"

@@ -110,7 +110,8 @@ def shown(value: object, limit: int = 80) -> str:
     """The `repr` of a value as a message can bear it: at most `limit` characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to write out whole numbers of more than 4300 digits
+    except (ValueError, RecursionError):
+        # Python refuses to write out whole numbers of more than 4300 digits, and deep nestings.
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

@@ -233,7 +233,7 @@ def _after_search(task: Task, stored: Stored, searched: Searched) -> tuple[Statu
     how = "ran out of time" if searched is Searched.TIMEOUT else "has not found it"
     if bound is None:
         return Status.UNREACHED, f"a search {how}"
-    largest, measured, _ = bound
+    measured = bound[1]
     reached = "" if measured is None else f"; the fastest measured has {measured:.4g}x"
     if searched is Searched.DONE and measured is not None and task.speedup <= measured:
         raise TaskError(
@@ -254,7 +254,7 @@ def _written(
     """The result with its script written."""
     key, entry = found
     settings = settings_of(key, entry, model=model)
-    text = script(settings)
+    text = script(settings, task.speedup)
     name = file_name(settings, task.speedup)
     # Two tasks of one name are two files, unless their scripts are the same.
     stem, number = name.removesuffix(".py"), 2

@@ -95,9 +95,9 @@ _IS_NUMBER = re.compile(_NUMBER, re.ASCII)
 _LOSS_WORD = r"(?:(?:precision|quality|score|accuracy|clip|clip[ _]score) )*loss(?:es)?"
 _AT_MOST = (
     r"(?:(?:of|is|be|not exceeding|not more than|no more than|not over|at most|up to|less than|"
-    r"lower than|under|below|within|maximum|max\.?|budget|limit(?:ed to)?|[<=≤:]) ?)*"
+    r"lower than|under|below|within|maximum|max\.?|budget|limit(?:ed to)?|[<=≤:]) ?){0,6}"
 )
-_AT_LEAST = r"(?:(?:of|at least|no less than|not less than|minimum|min\.?|[>=≥:]) ?)*"
+_AT_LEAST = r"(?:(?:of|at least|no less than|not less than|minimum|min\.?|[>=≥:]) ?){0,6}"
 _PERCENT = r" ?(%|percent|per cent)"
 
 # In this order: each takes what it matches out of the sentence. The groups of a loss are its number

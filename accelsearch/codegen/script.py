@@ -24,8 +24,10 @@ _SHORT = {
 }
 
 
-def script(settings: Settings) -> str:
+def script(settings: Settings, requested: float) -> str:
     """The source of a script that stands alone and runs what these settings say.
+
+    `requested` is the speedup that was asked for.
 
     Raises:
         TaskError: a value cannot stand in a script.
@@ -71,10 +73,10 @@ def script(settings: Settings) -> str:
     )
 
 
-def file_name(settings: Settings, speedup: float) -> str:
+def file_name(settings: Settings, requested: float) -> str:
     """`sd-ddim-50-deepcache-tgate-4.40x-loss0.02.py`: ASCII letters, digits and `.+-`."""
     key = settings.key
-    shown = f"{speedup:.2f}" if round(speedup, 2) == speedup else repr(speedup)
+    shown = f"{requested:.2f}" if round(requested, 2) == requested else repr(requested)
     parts = (
         _SHORT[key.pipeline],
         key.scheduler.removesuffix("Scheduler").lower(),
