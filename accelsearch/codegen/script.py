@@ -39,7 +39,10 @@ def script(settings: Settings, requested: float) -> str:
         title=comment(_title(settings)),
         rule=Code("# " + "-" * (_WIDTH - 2)),
         packages=comment(" ".join(settings.packages)),
-        about=[(comment(f"{name:<12}"), comment(value)) for name, value in settings.about.items()],
+        about=[
+            (comment(f"{name:<12}"), comment(value))
+            for name, value in {**settings.about, "asked for": f"{requested:g}x"}.items()
+        ],
         imports=[Code(section) for section in import_lines(imports, _WIDTH)],
         excerpts=[
             {

@@ -31,9 +31,10 @@ _LARGEST = 2**53  # whole numbers that every reader of JSON knows exactly
 
 @dataclass(frozen=True)
 class Setting:
-    """One parameter of a method: what it accepts, and its default where an entry may leave it out.
+    """One parameter of a method: what it accepts, and whether an entry may leave it out.
 
-    `identity` is the value at which the method does nothing, together with its other identities.
+    What is left out takes the default of the hook, as it does in a study. `identity` is the value
+    at which the method does nothing, together with its other identities.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Setting:
     high: int | float = 0
     choices: tuple[Value, ...] = ()
     whole: bool = True
-    default: Value | None = None
+    optional: bool = False
     identity: Callable[[int], Value] | None = None  # for a number of steps
 
     def accepts(self, value: object, steps: int) -> bool:
@@ -83,8 +84,8 @@ ACCELERATORS = {
             (
                 Setting("ratio", 0.0, 0.75, whole=False, identity=lambda steps: 0.0),
                 Setting("max_downsample", choices=(1, 2, 4, 8)),
-                Setting("sx", 2, 8, default=2),
-                Setting("sy", 2, 8, default=2),
+                Setting("sx", 2, 8, optional=True),
+                Setting("sy", 2, 8, optional=True),
             ),
             _SD,
             ("tomesd",),
@@ -116,9 +117,9 @@ ACCELERATORS = {
                     choices=("default", "max-autotune-no-cudagraphs", "eager"),
                     identity=lambda steps: "none",
                 ),
-                Setting("channels_last", choices=(False, True), default=True),
-                Setting("fuse_qkv", choices=(False, True), default=True),
-                Setting("cuda_graphs", choices=(False, True), default=True),
+                Setting("channels_last", choices=(False, True), optional=True),
+                Setting("fuse_qkv", choices=(False, True), optional=True),
+                Setting("cuda_graphs", choices=(False, True), optional=True),
             ),
             PIPELINES,
         ),
@@ -242,9 +243,11 @@ def _arguments(method: Accelerator, key: Key, read: _Reader) -> dict[str, Any] |
         raise TaskError(f"{method.name} does not serve a {key.pipeline}")
     arguments: dict[str, Any] = {}
     for one in method.settings:
-        if one.name not in read.entry and one.default is None:
+        if one.name not in read.entry and one.optional:
+            continue
+        if one.name not in read.entry:
             raise TaskError(f"the entry must have the parameter {one.name} of {method.name}")
-        value = read.entry.get(one.name, one.default)
+        value = read.entry[one.name]
         if not one.accepts(value, key.steps):
             raise TaskError(f"{one.name} must be {one.range}, got {shown(value)}")
         arguments[one.name] = value if one.choices or one.whole else float(value)

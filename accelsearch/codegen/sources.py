@@ -163,7 +163,7 @@ def _member_order(member: str) -> tuple[int, str]:
     """Constants, classes, functions, as formatters sort them."""
     name = member.partition(" ")[0]
     kind = 0 if name.isupper() and len(name) > 1 else 1 if name[:1].isupper() else 2
-    return kind, member
+    return kind, member.casefold()
 
 
 @cache
@@ -280,14 +280,19 @@ def _is_text(node: ast.stmt | None) -> bool:
 def _without_imports(
     lines: list[str], start: int, end: int, imports: list[ast.Import | ast.ImportFrom]
 ) -> str:
-    """The lines from `start` to `end` without import statements, nor the blank line below them."""
+    """The lines from `start` to `end` without import statements, nor the blank line below them.
+
+    Before a function within a function it stays.
+    """
     dropped: set[int] = set()
     for node in imports:
         rows = range(node.lineno - 1, node.end_lineno or node.lineno)
         if start <= rows.start < end:
             dropped.update(rows)
     for row in sorted(dropped):
-        if row + 1 not in dropped and row + 1 < end and not lines[row + 1].strip():
+        below = [line.strip() for line in lines[row + 1 : row + 3]]
+        function_follows = below[1:] and below[1].startswith(("def ", "class ", "@"))
+        if row + 1 not in dropped and below[:1] == [""] and not function_follows:
             dropped.add(row + 1)
     return "\n".join(lines[row] for row in range(start, end) if row not in dropped)
 

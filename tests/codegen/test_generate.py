@@ -428,7 +428,7 @@ def shape(text: str) -> str:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.fixed_dictionaries({name: WILD for name in TEXTS}))
+@given(st.fixed_dictionaries(dict.fromkeys(TEXTS, WILD)))
 @example(dict.fromkeys(TEXTS, 'x"; import os #'))
 @example(dict.fromkeys(TEXTS, '"""\nimport os\n"""'))
 @example(dict.fromkeys(TEXTS, "\x0c\u2028\r\nimport os"))
