@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-full-size clean
+.PHONY: help demo test test-slow lint bench bench-full-size bench-record clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ bench: $(VENV)/installed ## Measure this project itself: the A/A control
 
 bench-full-size: $(VENV)/installed ## Measure the methods on full-size architectures: 15 minutes on one large GPU
 	$(BIN)/python benchmarks/full_size.py --profile --bundled
+
+bench-record: $(VENV)/installed ## Record the tables that searches are replayed against: minutes on one GPU
+	$(BIN)/python benchmarks/record.py --methods deepcache
+	$(BIN)/python benchmarks/record.py --methods deepcache,tgate
 
 clean: ## Remove the virtual environment and all caches, but no results
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

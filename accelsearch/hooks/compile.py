@@ -68,6 +68,9 @@ def apply_compile(
                 stack.enter_context(_fused_projections(denoiser, prepared))
             if mode != _EAGER:
                 how = how or backend(pipeline.device.type)
+                # On the CPU torch's own are faster by far.
+                if channels_last and pipeline.device.type == "cuda":
+                    stack.enter_context(_group_norms_channels_last(parts))
                 stack.enter_context(_compiled(parts, prepared, mode, how))
             if cuda_graphs:
                 setting = (mode, channels_last, fuse_qkv)
@@ -280,6 +283,50 @@ def _channels_last(parts: tuple[Any, ...], prepared: Prepared) -> Iterator[None]
 
 
 @contextmanager
+def _group_norms_channels_last(parts: tuple[Any, ...]) -> Iterator[None]:
+    """Let the group norms compute over what lies channels last as it lies.
+
+    Written as torch writes it, over groups of whole channels, the compiler copies the input to
+    channels first and the output back: on an H200 that is 17 % of a resnet block of SD 1.5, and
+    a third of the last block of its decoder.
+    """
+    from torch.nn import GroupNorm
+
+    own = _channels_last_norm()
+    found = [
+        module
+        for part in parts
+        for module in part.modules()
+        if type(module) is GroupNorm and module.affine and "forward" not in vars(module)
+    ]
+    try:
+        for module in found:
+            module.__class__ = own
+        yield
+    finally:
+        for module in found:
+            module.__class__ = GroupNorm
+
+
+@functools.cache
+def _channels_last_norm() -> Any:
+    """torch's GroupNorm, computed in float32 over [batch, pixels, groups, channels a group]."""
+    import torch
+
+    class ChannelsLastGroupNorm(torch.nn.GroupNorm):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            channels_last: Any = input.movedim(1, -1)
+            grouped = channels_last.flatten(1, -2).unflatten(-1, (self.num_groups, -1)).float()
+            variance, mean = torch.var_mean(grouped, (1, 3), correction=0, keepdim=True)
+            normed = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(2)
+            output = normed * self.weight.float() + self.bias.float()
+            found: torch.Tensor = output.to(input.dtype).reshape(channels_last.shape).movedim(-1, 1)
+            return found
+
+    return ChannelsLastGroupNorm
+
+
+@contextmanager
 def _fused_projections(denoiser: Any, prepared: Prepared) -> Iterator[None]:
     """Give every attention its fused projections, and the processor that uses them."""
     from diffusers.models.attention_processor import FusedAttnProcessor2_0
@@ -356,7 +403,9 @@ def _regions(module: Any) -> Iterator[Any]:
 
 def _is_changed(module: Any) -> bool:
     """Whether the module runs other than its class in diffusers or torch says."""
-    own = type(module).__module__.partition(".")[0] in ("diffusers", "torch")
+    kind = type(module)
+    own = kind.__module__.partition(".")[0] in ("diffusers", "torch")
+    own |= kind is _channels_last_norm()
     # Compiled code does not notice that hooks come and go.
     hooked = module._forward_hooks or module._forward_pre_hooks
     return not own or bool(hooked) or "forward" in vars(module)
