@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from accelsearch import contract
 from accelsearch.codegen.find import Stored
@@ -82,14 +82,16 @@ class ReportEntry(TypedDict):
     """One entry of `codegen_report.json`, which is a list of these, in the order of the tasks."""
 
     sentence: str
-    status: str
+    status: Annotated[
+        str, "generated, generated after search, infeasible, unreached, skipped or failed"
+    ]
     reason: str
-    task: NotRequired[dict[str, Any]]  # as it was understood
-    max_speedup: NotRequired[float]  # the bound, where one is known
-    file: NotRequired[str]
-    key: NotRequired[str]  # of the entry that the script was made from, with its numbers
-    speedup: NotRequired[float]
-    score_loss: NotRequired[float]
+    task: NotRequired[Annotated[dict[str, Any], "as it was understood"]]
+    max_speedup: NotRequired[Annotated[float, "the buffered bound, where one is known"]]
+    file: NotRequired[Annotated[str, "the script, beside this report"]]
+    key: NotRequired[Annotated[str, "of the entry that the script was made from"]]
+    speedup: NotRequired[Annotated[float, "of that entry"]]
+    score_loss: NotRequired[Annotated[float, "of that entry"]]
 
 
 @dataclass(frozen=True)

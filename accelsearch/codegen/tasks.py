@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from accelsearch import contract
 from accelsearch.contract import Key
@@ -36,15 +36,15 @@ class TaskEntry(TypedDict):
     """One entry of `tasks.json`, which is a list of these."""
 
     sentence: str
-    pipeline: str
-    scheduler: str
+    pipeline: Annotated[str, "the class of diffusers"]
+    scheduler: Annotated[str, "the class of diffusers"]
     steps: int
-    methods: list[str]
-    speedup: float  # requested
-    max_loss: float
-    max_speedup: NotRequired[float]  # the buffered bound that the request is a share of
-    ratio: NotRequired[float]  # that share
-    key: NotRequired[str]  # of the entry that the task was made from
+    methods: Annotated[list[str], "sorted"]
+    speedup: Annotated[float, "the least one"]
+    max_loss: Annotated[float, "the score loss must be less, or zero"]
+    max_speedup: NotRequired[Annotated[float, "the buffered bound that speedup is a share of"]]
+    ratio: NotRequired[Annotated[float, "that share"]]
+    key: NotRequired[Annotated[str, "of the entry that the task was made from"]]
 
 
 @dataclass(frozen=True)
