@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from string import Formatter
 
 from accelsearch.codegen.tasks import Task
-from accelsearch.errors import TaskError, nearest, shown
+from accelsearch.errors import PlanError, TaskError, nearest, shown
 
 __all__ = ["FIELDS", "CommandSearch", "Searched", "Template", "default_search"]
 
@@ -26,6 +27,7 @@ FIELDS = (
     "speedup",
     "steps",
 )
+_STDERR = 2
 _NOTHING_FEASIBLE = 1  # what `accelsearch` exits with
 
 
@@ -42,20 +44,20 @@ class Template:
     """A command with fields such as {speedup}, split before they are filled: no shell, no quoting.
 
     Raises:
-        TaskError: the command is empty, not closed in its quotes, or has an unknown field.
+        PlanError: the command is empty, not closed in its quotes, or has an unknown field.
     """
 
     words: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if not self.words:
-            raise TaskError("a search command must not be empty")
+            raise PlanError("a search command must not be empty")
         for word in self.words:
-            for field in _fields(word):
-                if field not in FIELDS:
-                    raise TaskError(
-                        f"a search command must have known fields, got {shown(f'{{{field}}}')}"
-                        f"{nearest(field, FIELDS)}"
+            for name in _fields(word):
+                if name not in FIELDS:
+                    raise PlanError(
+                        f"a search command must have known fields, got {shown(f'{{{name}}}')}"
+                        f"{nearest(name, FIELDS)}"
                     )
 
     @classmethod
@@ -64,7 +66,7 @@ class Template:
         try:
             return cls(tuple(shlex.split(text)))
         except ValueError as error:
-            raise TaskError(f"a search command must be closed in its quotes: {error}") from None
+            raise PlanError(f"a search command must be closed in its quotes: {error}") from None
 
     def filled(self, task: Task, *, plan: Path | None, folder: Path) -> list[str]:
         """The words of the command for this task.
@@ -91,14 +93,16 @@ class Template:
 class CommandSearch:
     """Runs commands one after the other for a task; what they print goes to stderr.
 
-    All of them together take `timeout_s` at most, of which None is no limit. The commands are to
-    leave what they find in `folder`.
+    Each takes `timeout_s` at most; None is no limit. The commands are to leave what they find in
+    `folder`. `variables` are added to their environment: what must not be seen in a list of
+    processes, such as a URL with a password, belongs there.
     """
 
     commands: Sequence[Template]
     folder: Path
     plan: Path | None = None
     timeout_s: float | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, task: Task) -> Searched:
         """Search for this task.
@@ -106,13 +110,19 @@ class CommandSearch:
         Raises:
             TaskError: a command cannot be run, or fails otherwise than by finding nothing.
         """
-        left_s = self.timeout_s
         found = Searched.DONE
         for template in self.commands:
             command = template.filled(task, plan=self.plan, folder=self.folder)
             try:
                 # What it prints is for people to watch, and not this program's result.
-                done = subprocess.run(command, stdout=sys.stderr, timeout=left_s, check=False)  # noqa: S603
+                done = subprocess.run(  # noqa: S603
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=_STDERR,
+                    timeout=self.timeout_s,
+                    check=False,
+                    env={**os.environ, **self.variables},
+                )
             except subprocess.TimeoutExpired:
                 return Searched.TIMEOUT
             except (OSError, ValueError) as error:
@@ -143,10 +153,10 @@ def _fields(word: str) -> list[str]:
         parts = [one for one in Formatter().parse(word) if one[1] is not None]
     except ValueError:
         parts = [("", "", "", "")]
-    for _, field, spec, conversion in parts:
-        if spec or conversion or not field:
-            raise TaskError(
+    for _, name, spec, conversion in parts:
+        if spec or conversion or not name:
+            raise PlanError(
                 "a search command must have plain fields such as {speedup}, and {{ and }} for "
                 f"braces, got {shown(word)}"
             )
-    return [str(field) for _, field, _, _ in parts]
+    return [str(name) for _, name, _, _ in parts]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from accelsearch import contract
 from accelsearch.contract import Key
-from accelsearch.errors import ContractError, TaskError, shown
+from accelsearch.errors import ContractError, PlanError, TaskError, shown
 
 __all__ = [
     "RATIOS",
@@ -116,13 +116,13 @@ def from_bounds(
     speedup of zero.
 
     Raises:
-        TaskError: a ratio is not a finite number > 0.
+        PlanError: a ratio is not a finite number > 0.
         ContractError: an entry has no number `max_speedup`.
     """
     ratios = list(ratios)
     for ratio in ratios:
         if type(ratio) not in (int, float) or not (math.isfinite(ratio) and ratio > 0):
-            raise TaskError(f"a ratio must be a finite number > 0, got {shown(ratio)}")
+            raise PlanError(f"a ratio must be a finite number > 0, got {shown(ratio)}")
     found: list[TaskEntry] = []
     for text, entry in bounds.items():
         key = Key.parse(text)

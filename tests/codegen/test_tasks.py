@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from accelsearch.codegen import Task, from_bounds, from_params, parse, read_tasks, write_tasks
-from accelsearch.errors import ContractError, TaskError
+from accelsearch.errors import ContractError, PlanError, TaskError
 
 from .made import entry, key
 
@@ -48,7 +48,7 @@ def test_a_bound_of_no_method_asks_for_nothing() -> None:
 
 @pytest.mark.parametrize("ratio", [0, -1, math.nan, math.inf, True, "0.8"])
 def test_a_ratio_must_be_a_share(ratio: Any) -> None:
-    with pytest.raises(TaskError, match="ratio must be a finite number > 0"):
+    with pytest.raises(PlanError, match="ratio must be a finite number > 0"):
         from_bounds({BOUND: {"max_speedup": 5.5}}, [ratio])
 
 
