@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from accelsearch.budget import loss_told
+from accelsearch.codegen import Batch, Status, Task
 from accelsearch.configuration import Configuration
 from accelsearch.measurement import Environment, ParamValue
 from accelsearch.queries import fastest_feasible, outcomes
@@ -26,6 +27,7 @@ from accelsearch.study import Found, Progress
 __all__ = [
     "LiveProgress",
     "PlainProgress",
+    "batch_table",
     "bounds_table",
     "progress_on",
     "settings",
@@ -207,6 +209,32 @@ def bounds_table(found: Iterable[Found]) -> Table:
             _pruned(counted).replace(", ", "\n"),
         )
     return table
+
+
+def batch_table(batch: Batch) -> Table:
+    """What became of each task, and the script or the reason."""
+    table = Table(title="Tasks", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.pad_edge = table.show_edge = False
+    for name in ("task", "", "script, or why there is none"):
+        table.add_column(name, overflow="fold")
+    styles = {Status.FAILED: "red", Status.GENERATED: "green", Status.SEARCHED: "green"}
+    for result in batch.results:
+        asked = result.task
+        table.add_row(
+            escape(result.sentence if asked is None else _asked(asked)),
+            Text(result.status.value, styles.get(result.status, "yellow")),
+            escape(result.reason if result.file is None else result.file.name),
+        )
+    return table
+
+
+def _asked(task: Task) -> str:
+    scheduler = task.scheduler.removesuffix("Scheduler")
+    pipeline = task.pipeline.removesuffix("Pipeline")
+    return (
+        f"{pipeline}, {scheduler}, {task.steps} steps\n{' + '.join(task.methods) or 'no method'}\n"
+        f"{task.speedup:g}x, loss {task.max_loss:g}"
+    )
 
 
 def _name(configuration: Configuration) -> str:

@@ -11,9 +11,11 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelsearch.errors import UnsupportedError
+from accelsearch.hooks import compile as compile_hook
+from accelsearch.hooks.compile import _group_norms_channels_last, _regions
 from accelsearch.methods import METHODS, applied
 from accelsearch.methods import compile as compile_module
-from accelsearch.methods.compile import _group_norms_channels_last, _regions, backend
+from accelsearch.methods.compile import backend
 from accelsearch.methods.patching import Kept, map_tensors
 
 from .tiny import MakePipeline, apply, images, run_of, state_of
@@ -233,11 +235,11 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
         forward(*args, **kwargs)
         kept.held = held
         found.append(Recorded(forward, inputs))
-        captured = compile_module._Graph(found[-1], found[-1].output, kept.held)  # type: ignore[arg-type]
+        captured = compile_hook._Graph(found[-1], found[-1].output, kept.held)  # type: ignore[arg-type]
         kept.held = held
         return captured
 
-    monkeypatch.setattr(compile_module._Graphs, "_capture", capture)
+    monkeypatch.setattr(compile_hook._Graphs, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     space = METHODS["compile"].space
     monkeypatch.setattr(
@@ -310,7 +312,7 @@ def test_what_changes_between_applications_is_not_forgotten(
 
 
 def test_phases_of_two_methods_are_told_apart(captures: list[Recorded]) -> None:
-    graphs = compile_module._Graphs((0, 0))
+    graphs = compile_hook._Graphs((0, 0))
     kept = Kept()
     call = ((torch.ones(2),), {})
     for which, factor in enumerate((2.0, 3.0)):
