@@ -8,10 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-full-size bench-record bench-scripts clean
+.PHONY: help demo test test-slow lint bench bench-sequential bench-full-size bench-record bench-scripts clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## Search the bundled model for its upper bound: about 3 minutes on 2 cores
 	$(BIN)/accelsearch bounds studies/shapes-demo.toml
@@ -31,6 +31,9 @@ lint: $(VENV)/installed-dev ## ruff, mypy and import-linter
 
 bench: $(VENV)/installed ## Measure this project itself: the A/A control
 	$(BIN)/python benchmarks/control.py
+
+bench-sequential: $(VENV)/installed ## Simulate the test of the budgets: its error rates, and the prompts it takes
+	$(BIN)/python benchmarks/sequential.py
 
 bench-full-size: $(VENV)/installed ## Measure the methods on full-size architectures: 15 minutes on one large GPU
 	$(BIN)/python benchmarks/full_size.py --profile --bundled

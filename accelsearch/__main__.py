@@ -1,5 +1,6 @@
-"""`python -m accelsearch` is `accelsearch`."""
+"""`python -m accelsearch` is the command line."""
 
 from accelsearch.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

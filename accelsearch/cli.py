@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 # Typer has a click of its own since some version; what it exports is of the one that it uses.
 _UsageError: Any = typer.BadParameter.__bases__[0]
+_WATCH_S = 2.0
 _INTERRUPTED = 130  # Typer's answer to Ctrl-C
 _DEFAULT_STORAGE = "sqlite:///storage/accelsearch.db"
 _EXPORTS = Path("storage/exports")
@@ -93,6 +95,144 @@ def bounds(
     if found:
         _stdout().print(bounds_table(found))
     return code or (0 if any(one.best for one in found) else 1)
+
+
+@app.command(epilog="Example: accelsearch worker PLAN --storage postgresql://host/db")
+def worker(
+    plan: PlanFile,
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    trials: Annotated[
+        int | None, typer.Option(help="Trials a study, instead of the plan's.")
+    ] = None,
+    trial_timeout_s: Annotated[
+        float | None, typer.Option(help="Seconds a trial may take; then this process is ended.")
+    ] = None,
+    device: Device = None,
+    name: Annotated[str, typer.Option(help="What this worker is called in `status`.")] = "",
+    bench: Annotated[
+        str | None, typer.Option(hidden=True, envvar="ACCELSEARCH_BENCH", help="MODULE:NAME")
+    ] = None,
+) -> int:
+    """Work on a plan beside other workers, on whatever machine, that share its database.
+
+    Ends when every configuration is done. Ctrl-C gives the running trial back.
+    """
+    from accelsearch.configuration import load_plan
+
+    overrides = {
+        "search.trials": trials,
+        "search.trial_timeout_s": trial_timeout_s,
+        "device": device,
+    }
+    configurations = load_plan(plan, overrides).configurations()
+
+    import signal
+
+    from accelsearch.console import progress_on
+    from accelsearch.heartbeat import Worker
+    from accelsearch.storage import engine, open_storage
+    from accelsearch.workers import device_told, stand_in, work
+
+    # Slurm and launchers end a process by this signal: give the trial back, as for Ctrl-C.
+    signal.signal(signal.SIGTERM, _interrupt)
+    make, where = stand_in(bench)
+    database = open_storage(storage, patience_s=30)
+    with Worker(engine(database), device=device_told(device), name=name) as this:
+        done = work(
+            configurations,
+            database,
+            this,
+            artifacts=artifacts,
+            progress_on=lambda: progress_on(_stderr()),
+            where=where,
+            bench=make,
+        )
+    for slug, error in done.failed.items():
+        _complain(f"{slug}: {error}")
+    return max((error.exit_code for error in done.failed.values()), default=0)
+
+
+@app.command(epilog="Example: accelsearch launch studies/sd15.toml --gpus all")
+def launch(
+    plan: PlanFile,
+    gpus: Annotated[
+        str, typer.Option(help="all, free (those that nobody uses), numbers such as 0,2, or none.")
+    ] = "all",
+    workers_per_gpu: Annotated[int, typer.Option(min=1, help="Workers that share a GPU.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Workers without a GPU; on Slurm, the number of jobs.")
+    ] = 1,
+    cluster: Annotated[str, typer.Option(help="local or slurm.")] = "local",
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    trials: Annotated[
+        int | None, typer.Option(help="Trials a study, instead of the plan's.")
+    ] = None,
+    trial_timeout_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds a trial may take; then its worker is replaced."),
+    ] = None,
+    logs: Annotated[Path, typer.Option(help="Folder of the workers' logs.")] = Path("runs"),
+    partition: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
+    time_min: Annotated[
+        int, typer.Option(min=1, help="Minutes of a Slurm job, which then starts over.")
+    ] = 240,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPU cores of a Slurm job.")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any other option of sbatch; repeatable."),
+    ] = None,
+    bench: Annotated[str | None, typer.Option(hidden=True, envvar="ACCELSEARCH_BENCH")] = None,
+) -> int:
+    """Work on a plan with many workers: one on each GPU of this machine, or on a Slurm cluster.
+
+    Ctrl-C stops them, and their running trials are given back; a second one stops them at once.
+    """
+    from accelsearch.configuration import load_plan
+
+    load_plan(plan, {"search.trials": trials, "search.trial_timeout_s": trial_timeout_s})
+
+    import os
+    from datetime import datetime
+
+    from accelsearch import launch as launching
+    from accelsearch.gpus import choose, installed
+    from accelsearch.launch_view import launch_view
+    from accelsearch.storage import database_errors, open_storage
+
+    if cluster not in ("local", "slurm"):
+        raise PlanError(f"--cluster must be local or slurm, got {cluster!r}")
+    slurm = None
+    if cluster == "slurm":
+        seats = launching.slurm_seats(gpus, workers_per_gpu, workers, storage)
+        slurm = launching.Slurm(
+            partition=partition,
+            time_min=time_min,
+            gpus=0 if gpus == "none" else 1,
+            cpus=cpus,
+            options=launching.sbatch_options(sbatch or []),
+        )
+    else:
+        chosen = () if gpus == "none" else choose(gpus, installed())
+        seats = launching.seats_of(chosen, workers_per_gpu, workers)
+        for told in launching.warnings_of(chosen, workers_per_gpu, workers):
+            _complain(f"warning: {told}")
+    database = open_storage(storage)
+    # Jobs find it in their environment: it may hold a password, and their files are readable.
+    os.environ["ACCELSEARCH_STORAGE"] = _absolute(storage)
+    arguments = [str(plan.absolute()), "--artifacts", str(artifacts.absolute())]
+    for option, value in (
+        ("--trials", trials),
+        ("--trial-timeout-s", trial_timeout_s),
+        ("--bench", bench),
+    ):
+        arguments += [] if value is None else [option, str(value)]
+    folder = logs / f"{plan.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    with database_errors(), launch_view(_stderr(), database, folder) as watcher:
+        return launching.launch(
+            seats, arguments, database, logs=folder, watcher=watcher, slurm=slurm
+        )
 
 
 @app.command(epilog="Example: accelsearch measure studies/shapes-demo.toml --set cache_interval=3")
@@ -427,42 +567,35 @@ def import_(
     return 0 if any(one.waiting or one.known for one in found) else 1
 
 
-@app.command(epilog="Example: accelsearch status --json")
-def status(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
-    """Show the studies of a database: trials by outcome, and the best feasible one."""
-    from accelsearch.queries import fastest_feasible, outcomes
-    from accelsearch.storage import open_storage, read_studies
+@app.command(epilog="Example: accelsearch status --watch")
+def status(
+    storage: Storage = _DEFAULT_STORAGE,
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every 2 s.")] = False,
+) -> int:
+    """Show a database: studies, what became of their trials, the best; and who is at work."""
+    from accelsearch.status import as_json as to_json
+    from accelsearch.status import read_status, tables
+    from accelsearch.storage import database_errors, open_storage
 
-    studies = read_studies(open_storage(storage, create=False))
-    if as_json:
-        _print_json(
-            [
-                {
-                    "study": study.name,
-                    "device": study.environment.device,
-                    "outcomes": {key.value: count for key, count in outcomes(study).items()},
-                    "best": None
-                    if (best := fastest_feasible(study)) is None
-                    else {"trial": best.number, "speedup": best.speedup, "params": best.params},
-                }
-                for study in studies
-            ]
-        )
-        return 0
-    from rich.table import Table
+    database = open_storage(storage, create=False)
+    with database_errors():
+        if as_json and not watch:
+            _print_json(to_json(read_status(database)))
+            return 0
+        if not watch:
+            _stdout().print(tables(read_status(database)))
+            return 0
+        if as_json:
+            while True:  # one line a look
+                typer.echo(json.dumps(to_json(read_status(database)), allow_nan=False))
+                time.sleep(_WATCH_S)
+        from rich.live import Live
 
-    from accelsearch.console import settings, speedup
-
-    table = Table()
-    for name in ("study", "device", "trials", "best feasible"):
-        table.add_column(name, overflow="fold")  # a study's name is to be copied
-    for study in studies:
-        best = fastest_feasible(study)
-        counted = "\n".join(f"{count} {key.value}" for key, count in outcomes(study).items())
-        shown = "none" if best is None else f"{speedup(best)}\n{settings(best.params)}"
-        table.add_row(study.name, study.environment.device, counted or "none", shown)
-    _stdout().print(table)
-    return 0
+        with Live(console=_stdout(), auto_refresh=False, screen=_stdout().is_terminal) as live:
+            while True:
+                live.update(tables(read_status(database)), refresh=True)
+                time.sleep(_WATCH_S)
 
 
 @app.command(epilog="Example: accelsearch doctor")
@@ -610,6 +743,21 @@ def _stderr() -> Console:
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _absolute(storage: str) -> str:
+    """The URL as another process understands it, whatever folder it runs in."""
+    kind, mark, path = storage.partition(":///")
+    is_file = kind.startswith("sqlite") and mark and path and not path.startswith(("/", "file:"))
+    return f"{kind}:///{Path(path).absolute()}" if is_file and path != ":memory:" else storage
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    import signal
+
+    # Once is enough: what follows gives the trial back.
+    signal.signal(signum, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:

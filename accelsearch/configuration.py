@@ -234,11 +234,15 @@ class Budget(_Frozen):
     ssim: `max_loss` is 1 - the mean SSIM.
     psnr: `floor_db` is the least mean PSNR, in dB; the loss is what is missing to it, and
     `max_loss` is 0.
+    `bound`: how much one prompt is assumed to lose at most, in the unit of the loss, and for
+    clip_score and psnr to gain at most. The smaller, the fewer prompts decide. It is checked, and
+    a prompt beyond it costs scoring all of them. None: as `budget.decide` says.
     """
 
     metric: Annotated[str, _known("metric", lambda: METRICS)]
     max_loss: float = Field(default=0.0, ge=0)
     floor_db: float | None = Field(default=None, gt=0, le=100)
+    bound: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _limit(self) -> Budget:
@@ -251,6 +255,11 @@ class Budget(_Frozen):
             raise _invalid(f"must name max_loss, not floor_db, for {self.metric}")
         elif "max_loss" not in self.model_fields_set:
             raise _invalid(f"must name max_loss, the largest allowed loss of {self.metric}")
+        if self.bound is not None and self.bound <= self.max_loss:
+            raise _invalid(
+                "must have bound > max_loss, "
+                f"got bound {self.bound!r} and max_loss {self.max_loss!r}"
+            )
         return self
 
 
@@ -261,6 +270,9 @@ class SearchSettings(_Frozen):
     timeout_s: float | None = Field(default=None, gt=0)  # None: no limit
     sampler: Annotated[str, _known("sampler", lambda: SAMPLERS)] = "tpe"
     seed: _Seed = 0
+    # Of a setting whose worker was killed or hung; then it is failed.
+    max_retries: int = Field(default=2, ge=0)
+    trial_timeout_s: float | None = Field(default=None, gt=0)  # None: no limit
 
 
 class LatencySettings(_Frozen):
@@ -367,7 +379,8 @@ class Configuration(_Common):
         return {
             **self.context(),
             "methods": list(self.methods),
-            "budgets": [budget.model_dump() for budget in self.budgets],
+            # How soon losses are decided on is no part of what is searched.
+            "budgets": [budget.model_dump(exclude={"bound"}) for budget in self.budgets],
             "space": {
                 name: {"low": values.low, "high": values.high}
                 if isinstance(values, Range)

@@ -18,7 +18,14 @@ from accelsearch.budget import Verdict, decide, loss_told, violation
 from accelsearch.configuration import Budget, Configuration, Range
 from accelsearch.errors import BaselineError, ModelError, PlanError, TrialError
 from accelsearch.latency import dominated, measure_latency
-from accelsearch.measurement import Environment, Measurement, ParamValue, Scores, score_loss
+from accelsearch.measurement import (
+    Environment,
+    Measurement,
+    ParamValue,
+    Scores,
+    score_loss,
+    score_losses,
+)
 from accelsearch.methods import METHODS, Parameter, applied
 from accelsearch.methods.compile import backend
 from accelsearch.quality import ClipScore, Metric, load_metrics
@@ -204,7 +211,7 @@ class Bench:
     def _score(
         self, params: Mapping[str, ParamValue], seconds: _Stopwatch
     ) -> tuple[tuple[Scores, ...], torch.Tensor, Verdict]:
-        """Score batch after batch until the budgets are decided."""
+        """Score all prompts, batch after batch."""
         import torch
 
         with _out_of_memory():
@@ -238,12 +245,13 @@ class Bench:
                 )
                 for name, metric in metrics.items()
             )
-            # Lazily: of the first prompts alone, the mean score may be 0, and the loss undefined.
-            losses = ((_loss(scores, budget), budget) for budget in self.configuration.budgets)
-            verdict = decide(losses, exhausted=index == count - 1)
-            if verdict is not Verdict.UNDECIDED:
-                break
-        return scores, torch.cat(made), verdict
+        by_metric = {one.metric: one for one in scores}
+        losses = [
+            (score_losses(by_metric[budget.metric], budget.floor_db), budget)
+            for budget in self.configuration.budgets
+        ]
+        judgement = decide(losses, self.configuration.images)
+        return scores, torch.cat(made), judgement.verdict
 
     def _accelerated(self, params: Mapping[str, ParamValue]) -> AbstractContextManager[None]:
         return applied(self.pipeline, params, self.configuration.methods, self._run)

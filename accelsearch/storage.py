@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +22,14 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 
+from accelsearch.claims import create_tables
 from accelsearch.configuration import Budget, Configuration
 from accelsearch.contract import within
 from accelsearch.errors import StorageError, nearest
@@ -34,29 +39,54 @@ from accelsearch.measurement import (
     ParamValue,
     score_loss,
 )
+from accelsearch.reconnect import PatientStorage, transient
 
 __all__ = [
     "Outcome",
     "StoredStudy",
     "StoredTrial",
+    "complete_recorded",
     "create_study",
     "database_errors",
+    "engine",
     "exists",
+    "give_up",
+    "is_lost",
+    "is_ours",
+    "is_over",
     "open_storage",
     "read_parts",
     "read_studies",
     "read_study",
     "record",
     "redacted",
+    "retries_of",
+    "running_trial",
+    "say_settings",
+    "say_worker",
+    "settings_of",
     "study_name",
 ]
 
 _HEARTBEAT_S, _GRACE_S = 30, 120
 _BUSY_S = 60  # that a writer waits for another one's lock on a SQLite file
+_PSYCOPG = "postgresql+psycopg"
+# A server that is cut off is noticed within a minute, not when TCP gives up after a quarter hour.
+_POSTGRES = {
+    "connect_timeout": 10,
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,  # ms
+}
+_STARTING_S = 60  # that a server may take to start
+_RACES = 10  # attempts to make the tables beside others who do
 _KINDS = ("sqlite", "postgresql", "mysql")
 _CONFIGURATION, _ENVIRONMENT = "configuration", "environment"
 _MEASUREMENT, _OUTCOME, _REASON = "measurement", "outcome", "reason"
 _REUSED, _SECONDS = "reused_from", "seconds"
+_WORKER, _LOST = "worker", "lost"
+_SETTINGS = "settings"
 
 
 class Outcome(StrEnum):
@@ -71,6 +101,16 @@ class Outcome(StrEnum):
     RUNNING = "running"
 
 
+# What Optuna knows a trial as whose record ends with this outcome.
+_ENDED: dict[str, TrialState] = {
+    Outcome.FEASIBLE: TrialState.COMPLETE,
+    Outcome.OVER_BUDGET: TrialState.PRUNED,
+    Outcome.DOMINATED: TrialState.PRUNED,
+    Outcome.UNSCORED: TrialState.PRUNED,
+    Outcome.FAILED: TrialState.FAIL,
+}
+
+
 @dataclass(frozen=True)
 class StoredTrial:
     """One trial as stored; `params` are the effective ones, all of them."""
@@ -83,6 +123,8 @@ class StoredTrial:
     reused_from: int | None = None  # the trial that measured these params
     seconds: dict[str, float] = field(default_factory=dict)  # spent on each part of the trial
     finished: datetime | None = None
+    lost: bool = False  # its worker was gone before it was measured
+    worker: str = ""
 
     @property
     def speedup(self) -> float | None:
@@ -113,10 +155,12 @@ class StoredStudy:
     trials: tuple[StoredTrial, ...]
 
 
-def open_storage(url: str, *, create: bool = True) -> BaseStorage:
+def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> BaseStorage:
     """Open the database that `url` names, and create its file and tables if there are none.
 
     Without `create` nothing is changed: a file or tables that do not exist are an error instead.
+    A server that cannot be reached is waited for up to `patience_s`, and one that says that it is
+    starting a minute in any case.
 
     Raises:
         StorageError: the URL is none, names an unknown kind of database or one whose driver is
@@ -124,8 +168,12 @@ def open_storage(url: str, *, create: bool = True) -> BaseStorage:
     """
     parsed = _parsed(url)
     shown = redacted(url)
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if parsed.get_backend_name() == "sqlite":
+    # One connection for the trials; the heartbeat has another only while it beats.
+    options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 1, "max_overflow": 4}
+    if parsed.get_backend_name() == "postgresql":
+        unsaid = {key: value for key, value in _POSTGRES.items() if key not in parsed.query}
+        options["connect_args"] = unsaid
+    elif parsed.get_backend_name() == "sqlite":
         file = _sqlite_file(parsed)
         if file is not None:
             if not create and not file.is_file():
@@ -145,22 +193,18 @@ def open_storage(url: str, *, create: bool = True) -> BaseStorage:
     # Heartbeats and metric names are experimental in name only: years old, and pinned by a range.
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     # Optuna fills a template in, to which braces in a path or a password are fields.
-    template = url.replace("{", "{{").replace("}", "}}")
+    full = parsed.render_as_string(hide_password=False)
+    template = full.replace("{", "{{").replace("}", "}}")
     try:
-        storage = RDBStorage(
-            template,
-            engine_kwargs=options,
-            heartbeat_interval=_HEARTBEAT_S,
-            grace_period=_GRACE_S,
-            skip_table_creation=not create,  # who only reads changes nothing
-        )
+        storage = _opened(template, options, create=create, patience_s=patience_s)
         if create and parsed.get_backend_name() == "sqlite":
             _use_write_ahead_log(storage)
     except ImportError as error:
         driver = parsed.drivername
+        remedy = "; run: pip install 'accelsearch[postgres]'" if driver == _PSYCOPG else ""
         raise StorageError(
             f"storage {shown} needs the driver of {driver}, which is not installed: "
-            f"{error.__cause__ or error}"
+            f"{error.__cause__ or error}{remedy}"
         ) from None
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise StorageError(
@@ -169,6 +213,13 @@ def open_storage(url: str, *, create: bool = True) -> BaseStorage:
     except (RuntimeError, ValueError) as error:  # another Optuna's tables; an option of the URL
         raise StorageError(f"storage {shown} cannot be used: {error}") from None
     return optuna.storages.get_storage(storage)
+
+
+def engine(storage: BaseStorage) -> Engine:
+    """The connections of an open storage, for tables of our own."""
+    inner = getattr(storage, "_backend", storage)  # Optuna wraps what it opens in a cache
+    assert isinstance(inner, RDBStorage)
+    return inner.engine
 
 
 @contextmanager
@@ -247,6 +298,18 @@ def create_study(
     return study
 
 
+def say_settings(study: optuna.Study, count: int) -> None:
+    """Store how many settings there are in all, which only a loaded pipeline tells."""
+    if study.user_attrs.get(_SETTINGS) != count:
+        study.set_user_attr(_SETTINGS, count)
+
+
+def settings_of(study: optuna.Study) -> int | None:
+    """How many settings there are in all; None where nobody knows, or they cannot be counted."""
+    count = study.user_attrs.get(_SETTINGS)
+    return count if isinstance(count, int) else None
+
+
 def record(
     trial: optuna.Trial,
     outcome: Outcome,
@@ -270,9 +333,74 @@ def record(
         # The same step for every trial: TPE ranks pruned ones by the last step reported.
         trial.report(measurement.latency.speedup, step=0)
         trial.set_user_attr(_MEASUREMENT, measurement.to_dict())
-    trial.set_user_attr(_OUTCOME, outcome.value)
     for metric, violation in (violations or {}).items():
         trial.set_constraint(metric, violation)
+    # Last: it says that all the others are there.
+    trial.set_user_attr(_OUTCOME, outcome.value)
+
+
+def running_trial(
+    params: Mapping[str, ParamValue],
+    distributions: Mapping[str, BaseDistribution],
+    worker: str,
+) -> FrozenTrial:
+    """A trial as it begins: all its params are known, and so is the worker that measures it."""
+    return optuna.trial.create_trial(
+        state=TrialState.RUNNING,
+        params=dict(params),
+        distributions=dict(distributions),
+        user_attrs={_WORKER: worker},
+    )
+
+
+def say_worker(storage: BaseStorage, trial_id: int, worker: str) -> None:
+    """Say which worker measures a running trial."""
+    storage.set_trial_user_attr(trial_id, _WORKER, worker)
+
+
+def complete_recorded(storage: BaseStorage, trial: FrozenTrial) -> bool:
+    """End a running trial of which everything is recorded; False where it is not.
+
+    Such a one is left by a worker that was killed right after its last measurement.
+    """
+    outcome = trial.user_attrs.get(_OUTCOME)
+    state = _ENDED.get(str(outcome))
+    if state is None:
+        return False
+    speedup = trial.intermediate_values.get(0)
+    values = None if speedup is None or state is TrialState.FAIL else (speedup,)
+    storage.set_trial_state_values(trial._trial_id, state, values)
+    return True
+
+
+def give_up(storage: BaseStorage, trial: FrozenTrial, outcome: Outcome, reason: str) -> None:
+    """End a running trial that nobody measures any more, because its worker is gone."""
+    for name, value in ((_REASON, reason), (_LOST, True), (_OUTCOME, outcome.value)):
+        storage.set_trial_user_attr(trial._trial_id, name, value)
+    storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+
+def is_ours(study: FrozenStudy) -> bool:
+    """Whether accelsearch made a study."""
+    return {_CONFIGURATION, _ENVIRONMENT} <= study.user_attrs.keys()
+
+
+def is_over(trial: FrozenTrial) -> bool:
+    """Whether a trial has ended and counts: it was neither interrupted nor taken over."""
+    outcome = trial.user_attrs.get(_OUTCOME)
+    return trial.state.is_finished() and outcome in _ENDED and _REUSED not in trial.user_attrs
+
+
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial was ended by `give_up`."""
+    return bool(trial.user_attrs.get(_LOST)) and trial.state is TrialState.FAIL
+
+
+def retries_of(storage: BaseStorage, study_id: int) -> int:
+    """How often a study measures a setting again whose worker was lost, as its plan last said."""
+    stored = storage.get_study_user_attrs(study_id).get(_CONFIGURATION, {})
+    retries = stored.get("search", {}).get("max_retries", 0)
+    return retries if isinstance(retries, int) else 0
 
 
 def read_studies(
@@ -286,8 +414,7 @@ def read_studies(
         StorageError: there is no study of a name, or what is stored cannot be read.
     """
     made = {study.study_name: study for study in storage.get_all_studies()}
-    ours = {_CONFIGURATION, _ENVIRONMENT}
-    made = {name: study for name, study in made.items() if ours <= study.user_attrs.keys()}
+    made = {name: study for name, study in made.items() if is_ours(study)}
     for name in names or ():
         if name not in made:
             raise StorageError(f"no study is named {name!r}{nearest(name, made)}")
@@ -364,6 +491,8 @@ def _trial(trial: FrozenTrial) -> StoredTrial:
         reused_from=trial.user_attrs.get(_REUSED),
         seconds=trial.user_attrs.get(_SECONDS, {}),
         finished=trial.datetime_complete,
+        lost=is_lost(trial),
+        worker=trial.user_attrs.get(_WORKER, ""),
     )
 
 
@@ -381,12 +510,13 @@ def _parsed(url: str) -> URL:
             f"{parsed.get_backend_name()!r}{nearest(parsed.get_backend_name(), _KINDS)}"
         )
     try:
-        parsed.get_dialect()
+        parsed.get_dialect()  # of the name alone: the driver is imported when it is used
     except (sqlalchemy.exc.NoSuchModuleError, ImportError):
         raise StorageError(
             f"storage must name an installed driver, got {parsed.drivername!r}"
         ) from None
-    return parsed
+    # The one driver that is tested. SQLAlchemy's own choice is its predecessor.
+    return parsed.set(drivername=_PSYCOPG) if parsed.drivername == "postgresql" else parsed
 
 
 def _well_formed(url: str) -> URL | None:
@@ -411,6 +541,35 @@ def _sqlite_file(parsed: URL) -> Path | None:
     return Path(parsed.database)
 
 
+def _opened(
+    template: str, options: dict[str, Any], *, create: bool, patience_s: float
+) -> PatientStorage:
+    """The storage with its tables; who only reads changes nothing.
+
+    Workers that open an empty database at once trip over each other's new tables: the one that
+    loses tries again, and finds them made.
+    """
+    began, races = time.monotonic(), 0
+    while True:
+        try:
+            storage = PatientStorage(
+                template, engine_kwargs=dict(options), skip_table_creation=not create
+            )
+            if create:
+                create_tables(storage.engine)
+            return storage
+        except (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
+            said = _cause(error)
+            raced = isinstance(_database_error(error), sqlalchemy.exc.IntegrityError)
+            raced = create and (raced or "already exists" in said)
+            races += raced
+            starting = "the database system is" in said  # ... starting up, shutting down
+            left_s = max(patience_s, _STARTING_S * starting) - (time.monotonic() - began)
+            if not (raced and races < _RACES) and not (transient(error) and left_s > 0):
+                raise
+        time.sleep(random.uniform(0.1, 0.5))  # noqa: S311
+
+
 def _use_write_ahead_log(storage: RDBStorage) -> None:
     """Let readers (the dashboard) and one writer work side by side."""
     with storage.engine.connect() as connection:
@@ -419,6 +578,12 @@ def _use_write_ahead_log(storage: RDBStorage) -> None:
 
 def _cause(error: BaseException) -> str:
     """The database's own words, without SQLAlchemy's statement and parameters."""
-    if isinstance(error, optuna.exceptions.StorageInternalError):
-        error = error.__cause__ or error
+    error = _database_error(error)
     return str(getattr(error, "orig", None) or error).partition("\n")[0]
+
+
+def _database_error(error: BaseException) -> BaseException:
+    """What Optuna wraps."""
+    if isinstance(error, optuna.exceptions.StorageInternalError):
+        return error.__cause__ or error
+    return error

@@ -15,28 +15,36 @@ from typing import Protocol
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
-from optuna.trial import TrialState
 
 from accelsearch import report
 from accelsearch.budget import violation
 from accelsearch.configuration import Configuration, SearchSettings
 from accelsearch.errors import BaselineError, StorageError, TrialError
+from accelsearch.heartbeat import Worker
 from accelsearch.measurement import Environment, ParamValue
 from accelsearch.methods import Parameter, effective
 from accelsearch.objective import Bench, Result, check_models, environment_of
 from accelsearch.queries import fastest_feasible
+from accelsearch.reconcile import reconcile
 from accelsearch.storage import (
     Outcome,
     StoredStudy,
     StoredTrial,
     create_study,
     database_errors,
+    engine,
     read_parts,
     read_study,
     record,
+    say_settings,
+    settings_of,
 )
+from accelsearch.turns import finish, take
 
-__all__ = ["Found", "Progress", "Silent", "search"]
+__all__ = ["OTHERS", "Found", "Progress", "Silent", "search"]
+
+OTHERS = "other workers measure the rest"
+"""Why a search stops that is not over: its last settings are being measured by others."""
 
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
 _ENUMERABLE = 100_000  # settings up to which a space is listed to find untried ones
@@ -76,10 +84,14 @@ class Silent:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ended with: the study as stored, and why it stopped."""
+    """What a search ended with: the study as stored, and why it stopped.
+
+    `pending` are the settings that other workers were measuring then.
+    """
 
     study: StoredStudy
     stopped: str
+    pending: tuple[Mapping[str, ParamValue], ...] = ()
 
     @property
     def best(self) -> StoredTrial | None:
@@ -95,6 +107,8 @@ def search(
     artifacts: Path,
     progress: Progress | None = None,
     bench: Callable[[Configuration, Callable[[str], None]], Bench] = Bench,
+    worker: Worker | None = None,
+    where: Callable[[Configuration], Environment] | None = None,
 ) -> Found:
     """Search one configuration until its limits are reached or every setting is measured.
 
@@ -102,25 +116,49 @@ def search(
     finished are not repeated, and a search whose limits are reached loads no pipeline. Feasible
     trials leave a picture, baseline beside accelerated, in `artifacts`.
 
+    Any number of workers may search one configuration at once, each in a process of its own: no
+    setting is measured by two of them. `worker` is this one; without it, the search is one by
+    itself. `where` tells the environment, which is this machine's if it is left out.
+
     Raises:
         ModelError, UnsupportedError, PlanError: the configuration cannot be measured at all.
         StorageError: the artifacts' folder cannot be made.
         BaselineError: the unaccelerated pipeline makes no usable images.
         TrialError: the first few trials all failed; the last reason is given.
     """
+    if worker is None:
+        with Worker(engine(storage)) as alone:
+            return search(
+                configuration,
+                storage,
+                artifacts=artifacts,
+                progress=progress,
+                bench=bench,
+                worker=alone,
+                where=where,
+            )
     progress = progress or Silent()
     settings = configuration.search
+    if where is None:
+        where = environment_of
     # Before there is a study of nothing, or a picture to lose.
     check_models(configuration)
     _make_folder(artifacts)
-    environment = environment_of(configuration)
+    environment = where(configuration)
     study = create_study(storage, configuration, environment, _sampler(settings, 0))
+    worker.at(study._study_id)
+    reconcile(study, worker)
     stored = _read(study, configuration)
-    # Going on with the same seed would suggest again what it suggested in the beginning.
-    study.sampler = _sampler(settings, len(stored.trials))
+    # Going on with the same seed would suggest again what it suggested in the beginning, and two
+    # workers with one seed would suggest the same.
+    lane = worker.lane()
+    study.sampler = _sampler(settings, len(stored.trials) + lane)
     progress.study_started(stored, environment)
     if len(_measured(stored)) >= settings.trials:
         return _finished(progress, stored, _limit(settings))
+    size = settings_of(study)
+    if size is not None and len(_measured(stored)) >= size:
+        return _finished(progress, stored, _exhausted(size))
 
     ready = bench(configuration, progress.doing)
     space = ready.space
@@ -128,14 +166,12 @@ def search(
     # Where a parameter is continuous, no number of settings is all of them.
     finite = all(parameter.values() is not None for parameter in space)
     size = len(every) if finite and every is not None else None
-    if not _waiting(study):
-        parts = read_parts(storage, configuration)
-        # By the budgets of this search.
-        best = (fastest_feasible(replace(one, configuration=configuration)) for one in parts)
-        known = [one.params for one in best if one is not None]
-        for start in ready.starts(known):
-            if _setting(space, start) not in _settings(space, stored):
-                study.enqueue_trial(start)
+    if size is not None:
+        say_settings(study, size)
+    parts = read_parts(storage, configuration)
+    # By the budgets of this search.
+    best = (fastest_feasible(replace(one, configuration=configuration)) for one in parts)
+    starts = ready.starts([one.params for one in best if one is not None])
     deadline = time.monotonic() + (settings.timeout_s or math.inf)
     on_grid = settings.sampler == "grid"
     repeated = False
@@ -147,17 +183,35 @@ def search(
             return _finished(progress, stored, _exhausted(size))
         if time.monotonic() > deadline:
             return _finished(progress, stored, f"the time limit of {settings.timeout_s:g} s")
+        claimed = worker.others(study._study_id)
+        others = {_setting(space, one) for one in claimed}
+        tried = _settings(space, stored).keys() | others
+        if others and (
+            len(_measured(stored)) + len(others) >= settings.trials
+            or (size is not None and len(tried) >= size)
+        ):
+            return _finished(progress, stored, OTHERS, claimed)
+        first = (*_lost(space, stored), *starts)
+        chosen = next((one for one in first if _setting(space, one) not in tried), None)
         # A sampler that has come round to what it knows gets something new to learn from.
-        if on_grid or (repeated and finite):
-            chance = random.Random(settings.seed + len(stored.trials))  # noqa: S311
-            fresh = _fresh(space, every, _settings(space, stored), chance)
-            if fresh is None:
+        if chosen is None and (on_grid or (repeated and finite)):
+            chance = random.Random(settings.seed + len(stored.trials) + lane)  # noqa: S311
+            chosen = _fresh(space, every, tried, chance)
+            if chosen is None:
+                if others:
+                    return _finished(progress, stored, OTHERS, claimed)
                 return _finished(progress, stored, "the whole grid is measured")
-            if not _waiting(study):
-                study.enqueue_trial(fresh)
-        trial = _Trial(ready, stored, artifacts, progress)
+        running = take(study, space, worker, chosen, limit_s=settings.trial_timeout_s)
+        stored = _read(study, configuration)
+        if running is None:  # another worker has this setting
+            repeated = True
+            continue
         # One at a time: stored trials decide before each whether there is to be another.
-        _optimize(study, trial)
+        trial = _Trial(ready, stored, artifacts, progress)
+        if not finish(study, running, worker, trial):
+            progress.warned(f"trial {running.number} was given up: the database was out of reach")
+        if worker.due():
+            reconcile(study, worker)
         stored, repeated = _read(study, configuration), trial.repeated
         progress.trial_finished(stored)
         if isinstance(trial.error, BaselineError):
@@ -211,7 +265,8 @@ class _Trial:
         )
         if result.outcome is not Outcome.FEASIBLE:
             raise optuna.TrialPruned(result.outcome.value)
-        self._keep_picture(trial, result)
+        if result.images is not None:
+            self._keep_picture(trial, result)
         return result.measurement.latency.speedup
 
     def _repeat(self, trial: optuna.Trial, known: StoredTrial) -> float:
@@ -251,19 +306,6 @@ class _Trial:
             self._progress.warned(f"no picture in {self._artifacts}: {error.strerror}")
 
 
-def _optimize(study: optuna.Study, trial: _Trial) -> None:
-    """Run one trial."""
-    try:
-        study.optimize(trial, n_trials=1, catch=(TrialError,))
-    except UnboundLocalError as error:
-        # Where the database fails, Optuna 5.0 stumbles in its own clean-up: this hides the cause.
-        raise error.__context__ or error from None
-
-
-def _waiting(study: optuna.Study) -> bool:
-    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-
-
 def _at_least(stored: StoredStudy) -> float | None:
     """What the best feasible trial reaches beyond the noise: the lower end of its interval."""
     best = fastest_feasible(stored)
@@ -280,7 +322,7 @@ def _read(study: optuna.Study, configuration: Configuration) -> StoredStudy:
 
 def _sampler(settings: SearchSettings, trials: int) -> BaseSampler:
     seed = (settings.seed + trials) % 2**32
-    # The grid is walked by enqueueing: Optuna's GridSampler fails beside enqueued trials.
+    # The grid is walked by `_fresh`: Optuna's GridSampler fails beside enqueued trials.
     if settings.sampler in ("random", "grid"):
         return RandomSampler(seed=seed)
     # Jointly, since parameters of one method depend on each other.
@@ -366,6 +408,12 @@ def _settings(
     return {_setting(space, trial.params): trial for trial in _measured(stored)}
 
 
+def _lost(space: Sequence[Parameter], stored: StoredStudy) -> list[dict[str, ParamValue]]:
+    """The settings whose worker was lost before they were measured, to be measured again."""
+    names = {parameter.name for parameter in space}
+    return [trial.params for trial in stored.trials if trial.lost and trial.params.keys() == names]
+
+
 def _limit(settings: SearchSettings) -> str:
     return f"the limit of {settings.trials} trials"
 
@@ -389,7 +437,12 @@ def _make_folder(artifacts: Path) -> None:
         )
 
 
-def _finished(progress: Progress, stored: StoredStudy, stopped: str) -> Found:
-    found = Found(stored, stopped)
+def _finished(
+    progress: Progress,
+    stored: StoredStudy,
+    stopped: str,
+    pending: Sequence[Mapping[str, ParamValue]] = (),
+) -> Found:
+    found = Found(stored, stopped, tuple(pending))
     progress.study_finished(found)
     return found

@@ -275,3 +275,12 @@ def _text_config(tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Any:
+    """A PostgreSQL server of these tests' own; skips where none is installed."""
+    from tests.servers import postgres_server
+
+    with postgres_server() as server:
+        yield server

@@ -141,7 +141,9 @@ def test_an_entry_says_where_on_what_and_how_it_was_measured(
             "images": 2,
             "seed": 0,
             "methods": ["deepcache"],
-            "budgets": [{"metric": "clip_score", "max_loss": 0.02, "floor_db": None}],
+            "budgets": [
+                {"metric": "clip_score", "max_loss": 0.02, "floor_db": None, "bound": None}
+            ],
             "environment": ENVIRONMENT.to_dict(),
             "implementation": {"deepcache": "DeepCache 0.1.1 DeepCacheSDHelper"},
             "losses": {"clip_score": pytest.approx(0.01)},

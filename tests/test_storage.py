@@ -455,7 +455,7 @@ def test_what_a_server_says_is_told_without_password_and_in_one_line(
         server = Exception('FATAL: no such role "user"\nconnection to s3cret failed')
         raise sqlalchemy.exc.OperationalError("SELECT s3cret", {"password": "s3cret"}, server)
 
-    monkeypatch.setattr(storage, "RDBStorage", refuse)
+    monkeypatch.setattr(storage, "PatientStorage", refuse)
     # SQLite's own driver is always there, so that the URL is taken for one to connect to.
     with pytest.raises(StorageError, match=r'reachable.*no such role "user"$') as error:
         open_storage("sqlite://")

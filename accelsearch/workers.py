@@ -1,0 +1,186 @@
+"""A worker's day: which configuration of a plan it takes, until nothing is left to measure."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage
+
+from accelsearch.claims import all_claims, all_workers
+from accelsearch.configuration import Configuration
+from accelsearch.errors import AccelSearchError, PlanError, StorageError
+from accelsearch.heartbeat import Worker, setting_key
+from accelsearch.measurement import Environment, ParamValue
+from accelsearch.objective import Bench, environment_of
+from accelsearch.reconcile import reconcile
+from accelsearch.storage import database_errors, is_over, settings_of, study_name
+from accelsearch.study import OTHERS, Found, Progress, search
+
+__all__ = ["Done", "device_told", "stand_in", "work"]
+
+MakeBench = Callable[[Configuration, Callable[[str], None]], Bench]
+
+_POLL_S = 2.0
+
+
+@dataclass
+class Done:
+    """What became of a plan's configurations: the last search of each, or why there is none."""
+
+    found: dict[str, Found] = field(default_factory=dict)
+    failed: dict[str, AccelSearchError] = field(default_factory=dict)
+
+
+@dataclass
+class _Job:
+    """A configuration that is not done yet; `pending` are settings that others were measuring."""
+
+    configuration: Configuration
+    environment: Environment
+    pending: Sequence[Mapping[str, ParamValue]] = ()
+
+    @property
+    def study(self) -> str:
+        return study_name(self.configuration, self.environment)
+
+
+@database_errors()
+def work(
+    configurations: Sequence[Configuration],
+    storage: BaseStorage,
+    worker: Worker,
+    *,
+    artifacts: Path,
+    progress_on: Callable[[], AbstractContextManager[Progress]],
+    where: Callable[[Configuration], Environment],
+    bench: MakeBench = Bench,
+    poll_s: float = _POLL_S,
+) -> Done:
+    """Search the configurations beside other workers until all of them are done.
+
+    The next one is always that with the fewest workers for what is left of it, so that all are
+    done soonest. A worker that finds nothing to measure waits for those who still do: what one of
+    them leaves unfinished is measured again.
+
+    Raises:
+        StorageError: the database fails for longer than it is waited for.
+    """
+    jobs = [_Job(one, where(one)) for one in configurations]
+    done = Done()
+    kept = _Kept(bench)
+    while jobs:
+        open_jobs = [job for job in jobs if not job.pending or _falls_to_us(job, storage, worker)]
+        jobs = [job for job in jobs if job in open_jobs or job.pending]
+        if not open_jobs:
+            worker.at(None)
+            time.sleep(poll_s)
+            continue
+        job = _neediest(open_jobs, storage, worker)
+        try:
+            with progress_on() as progress:
+                found = search(
+                    job.configuration,
+                    storage,
+                    artifacts=artifacts,
+                    progress=progress,
+                    bench=kept,
+                    worker=worker,
+                    where=lambda _, job=job: job.environment,  # type: ignore[misc]
+                )
+        except StorageError:
+            raise
+        except AccelSearchError as error:
+            # A fact about this configuration; the others may do better.
+            done.failed[job.configuration.slug] = error
+            jobs.remove(job)
+            continue
+        done.found[found.study.name] = found
+        if found.stopped == OTHERS:
+            job.pending = found.pending
+        else:
+            jobs.remove(job)
+    return done
+
+
+def stand_in(
+    dotted: str | None,
+) -> tuple[MakeBench, Callable[[Configuration], Environment]]:
+    """What measures, and where: ours, or what `MODULE:NAME` says takes its place in a test.
+
+    Raises:
+        PlanError: there is no such thing to import.
+    """
+    if dotted is None:
+        return Bench, environment_of
+    module, _, name = dotted.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PlanError(f"--bench must be MODULE:NAME, got {dotted!r}: {error}") from None
+    return found, found.environment
+
+
+def device_told(device: str | None) -> str:
+    """What a worker's row says that it measures on."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device == "cpu" or visible == "":
+        return "CPU"
+    return f"GPU {visible}" if visible else device or "auto"
+
+
+class _Kept:
+    """Loads a configuration's bench, and keeps it until another configuration's is asked for."""
+
+    def __init__(self, bench: MakeBench) -> None:
+        self._bench = bench
+        self._loaded: tuple[Configuration, Bench] | None = None
+
+    def __call__(self, configuration: Configuration, say: Callable[[str], None]) -> Bench:
+        if self._loaded is None or self._loaded[0] != configuration:
+            self._loaded = None  # before the next one needs its memory
+            self._loaded = (configuration, self._bench(configuration, say))
+        return self._loaded[1]
+
+
+def _falls_to_us(job: _Job, storage: BaseStorage, worker: Worker) -> bool:
+    """Whether a setting that others were measuring has come back unmeasured.
+
+    Once all of them are measured, nothing of the job is pending any more.
+    """
+    study = optuna.load_study(study_name=job.study, storage=storage)
+    if worker.due():
+        reconcile(study, worker)
+    # In this order: whoever gives a claim up has told what became of it.
+    claimed = {claim.setting for claim in all_claims(worker.engine, study._study_id)}
+    over = {setting_key(one.params) for one in study.get_trials(deepcopy=False) if is_over(one)}
+    left = [one for one in job.pending if setting_key(one) not in over]
+    job.pending = left
+    return any(setting_key(one) not in claimed for one in left)
+
+
+def _neediest(jobs: Sequence[_Job], storage: BaseStorage, worker: Worker) -> _Job:
+    """The job with the fewest workers for what is left to measure; of equals, any."""
+    rows = all_workers(worker.engine)
+    lost = {row.identity.id for row in worker.lost(rows)} | {worker.identity.id}
+    at = Counter(row.study_id for row in rows if row.identity.id not in lost)
+    by_name = {study.study_name: study._study_id for study in storage.get_all_studies()}
+
+    def crowd(job: _Job) -> float:
+        study_id, left = by_name.get(job.study), job.configuration.search.trials
+        if study_id is None:
+            return 1 / left
+        study = optuna.load_study(study_name=job.study, storage=storage)
+        left = min(left, settings_of(study) or left)
+        left -= sum(map(is_over, study.get_trials(deepcopy=False)))
+        return (at[study_id] + 1) / max(left, 0.5)
+
+    return min(jobs, key=lambda job: (crowd(job), random.random()))  # noqa: S311

@@ -1,0 +1,302 @@
+"""Launching workers on this machine, and what becomes of those that end early."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accelsearch import launch as module
+from accelsearch.claims import all_claims, all_workers
+from accelsearch.errors import PlanError
+from accelsearch.gpus import Gpu
+from accelsearch.launch import (
+    Crew,
+    Ended,
+    Seat,
+    sbatch_options,
+    seats_of,
+    slurm_seats,
+    warnings_of,
+)
+from accelsearch.storage import Outcome, engine, open_storage, read_studies
+from tests.stored import new_database
+
+FREE = Gpu(0, "GPU-aaa", "NVIDIA H100", 80000, 10, 0)
+BUSY = Gpu(2, "GPU-ccc", "NVIDIA H100", 80000, 70000, 95)
+
+PLAN = """
+model = "shapes"
+methods = [["deepcache"]]
+budgets = [{ metric = "clip_score", max_loss = 0.0085 }]
+[search]
+trials = 12
+sampler = "random"
+max_retries = 1
+"""
+
+
+class Launch:
+    """A launch in a process of its own, on a SQLite file, with a stand-in for the measurement."""
+
+    def __init__(self, folder: Path, *options: str, plan: str = PLAN, **environment: str) -> None:
+        self.folder = folder
+        self.url = new_database(folder)
+        (folder / "plan.toml").write_text(plan)
+        command = ["launch", str(folder / "plan.toml"), "--logs", str(folder / "logs"), *options]
+        self.output = folder / "launch.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "accelsearch", *command],
+            env={
+                **os.environ,
+                "ACCELSEARCH_STORAGE": self.url,
+                "ACCELSEARCH_ARTIFACTS": str(folder / "artifacts"),
+                "ACCELSEARCH_BENCH": "tests.standin:StandIn",
+                "CUDA_VISIBLE_DEVICES": "",
+                **environment,
+            },
+            stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def workers(self) -> list[Any]:
+        rows = all_workers(engine(open_storage(self.url)))
+        return [row for row in rows if not row.identity.name.endswith("launcher")]
+
+    def await_trial(self, but: Sequence[int] = ()) -> Any:
+        """A worker that measures, once there is one."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            claimed = {claim.worker for claim in all_claims(engine(open_storage(self.url)))}
+            for row in self.workers():
+                if row.identity.id in claimed and row.identity.pid not in but:
+                    return row.identity
+            time.sleep(0.1)
+        raise AssertionError(self.told())
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(120)
+        finally:
+            self.process.kill()
+
+    def told(self) -> str:
+        logs = sorted((self.folder / "logs").rglob("*.out"))
+        return "\n".join([self.output.read_text(), *(log.read_text()[-2000:] for log in logs)])
+
+    @property
+    def trials(self) -> tuple[Any, ...]:
+        (study,) = read_studies(open_storage(self.url))
+        return study.trials
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
+    launches = []
+
+    def start(*options: str, **more: str) -> Launch:
+        launches.append(Launch(tmp_path, *options, **more))
+        return launches[-1]
+
+    yield start
+    for launch in launches:
+        launch.process.kill()
+
+
+def measured(launch: Launch) -> Counter[tuple[Any, ...]]:
+    return Counter(
+        tuple(sorted(trial.params.items()))
+        for trial in launch.trials
+        if trial.outcome is not Outcome.INTERRUPTED and trial.reused_from is None
+    )
+
+
+def test_a_killed_worker_is_replaced_and_its_setting_measured_again(
+    started: Callable[..., Launch],
+) -> None:
+    launch = started("--workers", "2", ACCELSEARCH_STANDIN_S="0.5")
+    victim = launch.await_trial()
+    os.kill(victim.pid, signal.SIGKILL)
+    assert launch.wait() == 0, launch.told()
+    assert "was killed" in launch.told()
+    assert "replaced" in launch.told()
+    assert len(measured(launch)) == 12
+    assert set(measured(launch).values()) == {1}
+    assert Outcome.RUNNING not in {trial.outcome for trial in launch.trials}
+    assert all_workers(engine(open_storage(launch.url))) == ()
+
+
+def test_an_interrupt_gives_the_running_trials_back(started: Callable[..., Launch]) -> None:
+    launch = started("--workers", "1", ACCELSEARCH_STANDIN_S="30")
+    worker = launch.await_trial()
+    began = time.monotonic()
+    os.killpg(launch.process.pid, signal.SIGINT)  # to all, as a terminal does
+    assert launch.wait() == 130, launch.told()
+    assert time.monotonic() - began < 20
+    assert not Path(f"/proc/{worker.pid}").exists()
+    (trial,) = launch.trials
+    assert (trial.outcome, trial.reason, trial.lost) == (Outcome.INTERRUPTED, "interrupted", False)
+    assert all_claims(engine(open_storage(launch.url))) == ()
+    assert all_workers(engine(open_storage(launch.url))) == ()
+
+
+def test_a_trial_that_hangs_is_tried_again_and_then_failed_with_its_reason(
+    started: Callable[..., Launch],
+) -> None:
+    # The default setting is the first.
+    launch = started("--workers", "1", "--trial-timeout-s", "1", ACCELSEARCH_STANDIN_HANGS="3,0")
+    assert launch.wait() == 0, launch.told()
+    first, again, *others = launch.trials
+    assert (first.outcome, first.reason) == (Outcome.INTERRUPTED, "its trial took longer than 1 s")
+    assert again.outcome is Outcome.FAILED
+    assert again.reason == "its trial took longer than 1 s, 2 times in all"
+    assert first.params == again.params == {"cache_interval": 3, "cache_branch_id": 0}
+    assert len(others) == 11
+    assert launch.told().count("its trial took too long") == 2
+
+
+def test_what_cannot_be_meant_is_told_before_anything_starts(
+    started: Callable[..., Launch],
+) -> None:
+    launch = started("--gpus", "0")
+    assert launch.wait() == 2
+    assert "which are none, got 0" in launch.output.read_text()
+    assert not (launch.folder / "logs").exists()
+
+
+# Seats
+
+
+def test_each_gpu_has_a_seat_with_it_alone_and_a_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(module, "cores", lambda: 10)
+    seats = seats_of((FREE, BUSY), workers_per_gpu=2, cpu_workers=1)
+    assert [seat.name for seat in seats] == ["gpu0", "gpu2", "gpu0-1", "gpu2-1"]
+    assert [seat.environment["CUDA_VISIBLE_DEVICES"] for seat in seats] == [
+        "GPU-aaa",
+        "GPU-ccc",
+        "GPU-aaa",
+        "GPU-ccc",
+    ]
+    assert {seat.environment["OMP_NUM_THREADS"] for seat in seats} == {"2"}
+    assert len({seat.environment["TORCHINDUCTOR_CACHE_DIR"] for seat in seats}) == 4
+
+
+def test_without_a_gpu_there_are_as_many_seats_as_asked_for() -> None:
+    seats = seats_of((), workers_per_gpu=1, cpu_workers=3)
+    assert [seat.name for seat in seats] == ["cpu0", "cpu1", "cpu2"]
+    assert {seat.environment["CUDA_VISIBLE_DEVICES"] for seat in seats} == {""}
+
+
+def test_the_threads_that_the_user_has_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    (seat,) = seats_of((FREE,), 1, 1)
+    assert seat.environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_what_disturbs_the_timing_is_warned_of() -> None:
+    assert warnings_of((FREE,), 1, 1) == []
+    assert warnings_of((), 1, 1) == []
+    (shared,) = warnings_of((FREE,), 2, 1)
+    assert "2 workers share each GPU" in shared
+    (used,) = warnings_of((FREE, BUSY), 1, 1)
+    assert used == "GPU 2 is in use by others (70000 of 80000 MiB, 95 % load)"
+    assert "share the CPU" in warnings_of((), 1, 4)[0]
+
+
+def test_slurm_is_asked_for_what_it_can_give() -> None:
+    assert [seat.name for seat in slurm_seats("all", 1, 2, "postgresql://h/d")] == ["job0", "job1"]
+    with pytest.raises(PlanError, match="all or none on Slurm"):
+        slurm_seats("0,2", 1, 1, "postgresql://h/d")
+    with pytest.raises(PlanError, match="must be 1 on Slurm"):
+        slurm_seats("all", 2, 1, "postgresql://h/d")
+    with pytest.raises(PlanError, match="SQLite is for one machine"):
+        slurm_seats("all", 1, 1, "sqlite:///x.db")
+
+
+def test_options_of_sbatch_are_names_and_values() -> None:
+    assert sbatch_options(["qos=low", "--comment=a=b"]) == {"qos": "low", "comment": "a=b"}
+    with pytest.raises(PlanError, match="NAME=VALUE"):
+        sbatch_options(["exclusive"])
+
+
+# Who is replaced
+
+
+class Job:
+    """A worker that has ended with this code."""
+
+    id = "7"
+
+    def __init__(self, code: int | None) -> None:
+        self._code = code
+
+    def alive(self) -> bool:
+        return False
+
+    def code(self) -> int | None:
+        return self._code
+
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Told:
+    def __init__(self) -> None:
+        self.endings: list[Ended] = []
+
+    def shown(self, crew: Crew) -> None: ...
+
+    def ended(self, ended: Ended) -> None:
+        self.endings.append(ended)
+
+
+def ends(*codes: int | None, trials: Mapping[int, int] | None = None) -> list[Ended]:
+    """What is done when workers on one seat end with these codes, one after the other."""
+    crew, told, left = Crew("x", [Seat("gpu0", "GPU 0", {})]), Told(), list(codes)
+    (place,) = crew.places
+    for _ in codes:
+        if place.finished:
+            break
+        place.start_at = 0
+        module._tend(place, crew, lambda seat, work: Job(left.pop(0)), (), told)
+        place.trials = 0
+        if (trials or {}).get(len(told.endings)):
+            place.at_work = Row(1)  # type: ignore[assignment]
+        module._tend(place, crew, lambda seat, work: Job(None), (), told)
+    return told.endings
+
+
+class Row:
+    def __init__(self, trials: int) -> None:
+        self.trials = trials
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_worker_that_is_done_is_not_replaced(code: int) -> None:
+    (ended,) = ends(code, 0)
+    assert not ended.replaced
+
+
+@pytest.mark.parametrize("code", [None, 2, 75, 130])
+def test_a_worker_that_ends_early_is_replaced_until_it_is_futile(code: int | None) -> None:
+    endings = ends(code, code, code, code)
+    assert [ended.replaced for ended in endings] == [True, True, False]
+    assert "3 in a row ended without a trial" in endings[-1].told
+
+
+def test_a_worker_that_measures_is_always_replaced() -> None:
+    endings = ends(None, None, None, None, None, trials={2: 1})
+    assert [ended.replaced for ended in endings] == [True, True, True, True, True]
