@@ -7,7 +7,14 @@ from collections import Counter
 from accelsearch.contract import meets
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
-__all__ = ["fastest_feasible", "feasible_trials", "outcomes", "pareto_front", "targeted"]
+__all__ = [
+    "exhausted",
+    "fastest_feasible",
+    "feasible_trials",
+    "outcomes",
+    "pareto_front",
+    "targeted",
+]
 
 
 def feasible_trials(study: StoredStudy) -> list[StoredTrial]:
@@ -16,6 +23,13 @@ def feasible_trials(study: StoredStudy) -> list[StoredTrial]:
     return [
         trial for trial in study.trials if trial.reused_from is None and trial.feasible(budgets)
     ]
+
+
+def exhausted(study: StoredStudy) -> bool:
+    """Whether every setting there is has been measured, so that no search finds another."""
+    counted = outcomes(study)
+    measured = counted.total() - counted[Outcome.RUNNING] - counted[Outcome.INTERRUPTED]
+    return study.settings is not None and measured >= study.settings
 
 
 def fastest_feasible(study: StoredStudy) -> StoredTrial | None:

@@ -147,12 +147,16 @@ class StoredTrial:
 
 @dataclass(frozen=True)
 class StoredStudy:
-    """One study as stored, with all its trials in order."""
+    """One study as stored, with all its trials in order.
+
+    `settings` is how many there are in all; None where nobody knows, or they cannot be counted.
+    """
 
     name: str
     configuration: Configuration
     environment: Environment
     trials: tuple[StoredTrial, ...]
+    settings: int | None = None
 
 
 def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> BaseStorage:
@@ -465,7 +469,9 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
         ) from None
     try:
         environment = Environment.from_dict(attributes[_ENVIRONMENT])
-        return StoredStudy(name, configuration, environment, tuple(map(_trial, trials)))
+        count = attributes.get(_SETTINGS)
+        settings = count if isinstance(count, int) else None
+        return StoredStudy(name, configuration, environment, tuple(map(_trial, trials)), settings)
     except StorageError as error:
         raise StorageError(f"study {name!r} cannot be read: {error}") from None
 

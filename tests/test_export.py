@@ -22,7 +22,7 @@ from accelsearch.errors import ContractError, ExportError, StorageError
 from accelsearch.export import BOUNDS, PARAMS, Exported, export
 from accelsearch.measurement import Environment, Latency, Scores
 from accelsearch.report import keep_picture
-from accelsearch.storage import Outcome, create_study, open_storage, record
+from accelsearch.storage import Outcome, create_study, open_storage, record, say_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 
@@ -155,6 +155,19 @@ def test_an_entry_says_where_on_what_and_how_it_was_measured(
             "verified": False,  # the search's own prompts are no proof
         }
         assert {name: entry[name] for name in expected} == expected
+
+
+def test_a_bound_says_whether_every_setting_has_been_measured(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    say_settings(study, 2)
+    add_trial(study, 2.0, 0.01)
+    exported(database, out)
+    assert entries(out)[0][BOUND]["exhausted"] is False
+    add_trial(study, 3.0, 0.5)
+    exported(database, out)
+    assert entries(out)[0][BOUND]["exhausted"] is True
 
 
 def test_an_entry_holds_what_it_takes_to_rebuild_the_plan(database: BaseStorage, out: Path) -> None:
