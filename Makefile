@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-sequential bench-full-size bench-record clean
+.PHONY: help demo test test-slow lint bench bench-sequential bench-full-size bench-record bench-scripts clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ bench-full-size: $(VENV)/installed ## Measure the methods on full-size architect
 bench-record: $(VENV)/installed ## Record the tables that searches are replayed against: minutes on one GPU
 	$(BIN)/python benchmarks/record.py --methods deepcache
 	$(BIN)/python benchmarks/record.py --methods deepcache,tgate
+
+bench-scripts: $(VENV)/installed ## Generate the demo's scripts, and run each beside what was measured
+	$(BIN)/accelsearch run studies/shapes-demo.toml --out storage/demo
+	$(BIN)/python benchmarks/generated.py storage/demo
 
 clean: ## Remove the virtual environment and all caches, but no results
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage
 from accelsearch import contract, report, schema
 from accelsearch.contract import Key, buffered
 from accelsearch.errors import ExportError
-from accelsearch.queries import fastest_feasible
+from accelsearch.queries import exhausted, fastest_feasible
 from accelsearch.storage import StoredStudy, StoredTrial, read_studies
 
 __all__ = ["BOUNDS", "PARAMS", "Exported", "export"]
@@ -147,6 +147,7 @@ def _bound(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
         "max_speedup": buffered(trial.speedup),
         "measured_max_speedup": trial.speedup,
         "params": dict(trial.params),
+        "exhausted": exhausted(study),
         **_shared(study, trial),
     }
 

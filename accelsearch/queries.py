@@ -8,6 +8,7 @@ from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
 __all__ = [
     "CHOICES",
+    "exhausted",
     "fastest_feasible",
     "feasible_trials",
     "is_refuted",
@@ -33,6 +34,13 @@ def is_refuted(study: StoredStudy, trial: StoredTrial) -> bool:
     """Whether a trial was tried on held-out prompts, and they did not verify it."""
     verification = study.verifications.get(trial.number)
     return verification is not None and not verification.verified
+
+
+def exhausted(study: StoredStudy) -> bool:
+    """Whether every setting there is has been measured, so that no search finds another."""
+    counted = outcomes(study)
+    measured = counted.total() - counted[Outcome.RUNNING] - counted[Outcome.INTERRUPTED]
+    return study.settings is not None and measured >= study.settings
 
 
 def fastest_feasible(study: StoredStudy) -> StoredTrial | None:

@@ -199,12 +199,16 @@ class Verification:
 
 @dataclass(frozen=True)
 class StoredStudy:
-    """One study as stored, with all its trials in order."""
+    """One study as stored, with all its trials in order.
+
+    `settings` is how many there are in all; None where nobody knows, or they cannot be counted.
+    """
 
     name: str
     configuration: Configuration
     environment: Environment
     trials: tuple[StoredTrial, ...]
+    settings: int | None = None
     verifications: Mapping[int, Verification] = field(default_factory=dict)  # by trial
     requests: Mapping[float, str] = field(default_factory=dict)  # speedups asked for -> how chosen
 
@@ -586,7 +590,9 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
         ) from None
     try:
         environment = Environment.from_dict(attributes[_ENVIRONMENT])
-        stored = StoredStudy(name, configuration, environment, tuple(map(_trial, trials)))
+        count = attributes.get(_SETTINGS)
+        settings = count if isinstance(count, int) else None
+        stored = StoredStudy(name, configuration, environment, tuple(map(_trial, trials)), settings)
         return replace(
             stored,
             verifications=_verifications(stored, attributes),

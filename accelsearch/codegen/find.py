@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from accelsearch.codegen.parse import Names
 from accelsearch.codegen.tasks import Task
 from accelsearch.contract import Key, meets
 
@@ -22,9 +24,21 @@ class Stored:
     params: Entries
     bounds: Entries
 
-    def keys(self) -> list[Key]:
-        """Every key of both."""
-        return [Key.parse(text) for text in (*self.params, *self.bounds)]
+    @cached_property
+    def names(self) -> Names:
+        """The names that stand in the keys of both."""
+        return Names.of(Key.parse(text) for text in (*self.params, *self.bounds))
+
+    @cached_property
+    def _settings(self) -> list[tuple[Key, Mapping[str, Any]]]:
+        """The entries that have a speedup and a score loss."""
+        return [
+            (key, entry)
+            for text, entry in self.params.items()
+            if (key := Key.parse(text)).speedup is not None
+            and _is_number(entry.get("speedup"))
+            and _is_number(entry.get("score_loss"))
+        ]
 
     def answer(self, task: Task, *, closest: bool = False) -> tuple[Key, Mapping[str, Any]] | None:
         """The entry of the task's configuration that answers it, with its key; None if none does.
@@ -35,15 +49,10 @@ class Stored:
         """
         exact = task.key(task.speedup)
         found = []
-        for text, entry in self.params.items():
-            key = Key.parse(text)
-            speedup, loss = entry.get("speedup"), entry.get("score_loss")
-            if (
-                key.speedup is not None
-                and task.key(key.speedup) == key
-                and _is_number(speedup)
-                and _is_number(loss)
-                and meets(speedup, loss, requested=task.speedup, max_loss=task.max_loss)  # type: ignore[arg-type]
+        for key, entry in self._settings:
+            speedup, loss = entry["speedup"], entry["score_loss"]
+            if task.key(key.speedup) == key and meets(
+                speedup, loss, requested=task.speedup, max_loss=task.max_loss
             ):
                 if key == exact:
                     return key, entry

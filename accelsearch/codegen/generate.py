@@ -13,7 +13,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from accelsearch import contract
 from accelsearch.codegen.find import Stored
-from accelsearch.codegen.parse import parse
+from accelsearch.codegen.parse import Names, parse
 from accelsearch.codegen.script import file_name, script
 from accelsearch.codegen.search import Searched
 from accelsearch.codegen.settings import settings_of
@@ -145,7 +145,8 @@ def generate(
         sentence = _sentence(given)
         task: Task | None = None
         try:
-            task = _understood(given, stored.keys())
+            task = _understood(given, stored.names)
+            sentence = sentence or task.sentence
             found = stored.answer(task, closest=closest)
             status, reason = Status.GENERATED, "stored parameters meet it"
             if found is None:
@@ -179,16 +180,16 @@ def _read(params: str | os.PathLike[str], bounds: str | os.PathLike[str]) -> Sto
     return Stored(*(contract.read(file) if file.exists() else {} for file in files))
 
 
-def _understood(given: object, keys: Iterable[Key]) -> Task:
+def _understood(given: object, names: Names) -> Task:
     """The task of a sentence or an object; of one that has both, if they say the same."""
     if isinstance(given, str):
-        return parse(given, keys)
+        return parse(given, names)
     if not isinstance(given, dict):
         raise TaskError(f"a task must be a sentence or an object, got {shown(given)}")
     fields = {name: given[name] for name in _FIELDS if name in given}
     task = None
     if "sentence" in given:
-        task = parse(given["sentence"], keys)
+        task = parse(given["sentence"], names)
         if not fields:
             return task
     for name in _FIELDS:
@@ -282,7 +283,9 @@ def _bound(stored: Stored, task: Task) -> float | None:
 
 
 def _sentence(given: object) -> str:
-    """The task as the report repeats it."""
+    """The task as the report repeats it; empty where it is only told in fields."""
+    if isinstance(given, dict) and "sentence" not in given and given.keys() <= set(_FIELDS):
+        return ""
     sentence = given.get("sentence") if isinstance(given, dict) else given
     return sentence if isinstance(sentence, str) else shown(given, 300)
 

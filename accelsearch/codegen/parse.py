@@ -20,7 +20,7 @@ from accelsearch.codegen.tasks import Task
 from accelsearch.contract import Key
 from accelsearch.errors import TaskError, nearest, shown
 
-__all__ = ["PIPELINES", "SCHEDULERS", "parse"]
+__all__ = ["PIPELINES", "SCHEDULERS", "Names", "parse"]
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -132,11 +132,11 @@ _FILLERS = frozenset(
 )
 
 
-def parse(sentence: str, keys: Iterable[Key] = ()) -> Task:
+def parse(sentence: str, stored: Iterable[Key] | Names = ()) -> Task:
     """The task that a sentence asks for.
 
-    Names in `keys` are understood beside those that everyone knows, and where "PixArt" may mean
-    either of two pipelines, the one that they name is meant.
+    Names in `stored` keys are understood beside those that everyone knows, and where "PixArt" may
+    mean either of two pipelines, the one that they name is meant.
 
     Raises:
         TaskError: in one line, what of the sentence is not understood, missing or contradictory.
@@ -147,12 +147,12 @@ def parse(sentence: str, keys: Iterable[Key] = ()) -> Task:
         raise TaskError("a task must be a sentence, got an empty line")
     if len(sentence) > _LONGEST:
         raise TaskError(f"a task must have at most {_LONGEST} characters, got {len(sentence)}")
-    names = _Names.of(keys)
+    names = stored if isinstance(stored, Names) else Names.of(stored)
     text = " ".join(unicodedata.normalize("NFKC", sentence).split())
     return _strict(text, names) or _loose(text, names)
 
 
-class _Names(NamedTuple):
+class Names(NamedTuple):
     """The names that may stand in a sentence."""
 
     pipeline: tuple[str, ...]
@@ -161,7 +161,7 @@ class _Names(NamedTuple):
     stored: frozenset[str]  # pipelines of stored results
 
     @classmethod
-    def of(cls, keys: Iterable[Key]) -> _Names:
+    def of(cls, keys: Iterable[Key]) -> Names:
         keys = list(keys)
         stored = frozenset(key.pipeline for key in keys)
         return cls(
@@ -172,7 +172,7 @@ class _Names(NamedTuple):
         )
 
 
-def _strict(text: str, names: _Names) -> Task | None:
+def _strict(text: str, names: Names) -> Task | None:
     """The task of a sentence as `tasks` writes it; None if it is not such a one."""
     match = _STRICT.fullmatch(text)
     if match is None or not all(_IS_NUMBER.fullmatch(match[one]) for one in ("speedup", "loss")):
@@ -197,7 +197,7 @@ def _strict(text: str, names: _Names) -> Task | None:
     )
 
 
-def _loose(text: str, names: _Names) -> Task:
+def _loose(text: str, names: Names) -> Task:
     rest = _Rest(text.casefold())
     pipelines = [_meant(one, names) for one in rest.named("pipeline", names.pipeline)]
     schedulers = list(rest.named("scheduler", names.scheduler))
@@ -265,7 +265,7 @@ class _Rest:
                 self._take(*match.span())
         return found
 
-    def refuse(self, names: _Names) -> None:
+    def refuse(self, names: Names) -> None:
         """Complain of what has not been taken out and carries a meaning."""
         words = re.findall(r"[^\s,;:.()&/|+\0-][^\s,;:()&/|\0]*", self.text)
         unknown = [word.rstrip(".") for word in words if word.rstrip(".") not in _FILLERS]
@@ -286,7 +286,7 @@ def _aliases(what: str, name: str) -> bool:
     return any(True for _ in _Rest(name.casefold()).named(what, ()))
 
 
-def _meant(pipeline: str, names: _Names) -> str:
+def _meant(pipeline: str, names: Names) -> str:
     """One of several pipelines that a name may mean, if stored results leave one."""
     several = pipeline.split(" or ")
     left = [one for one in several if one in names.stored] if len(several) > 1 else several

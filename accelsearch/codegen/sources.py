@@ -109,10 +109,15 @@ def excerpt(hooks: Iterable[Hook], names: Iterable[str] = ()) -> tuple[Imports, 
                     wanted |= piece.uses - reached
     imports: Imports = {}
     excerpts = []
+    taken: set[str] = set()
     for file in files:
         kept = [piece for piece in file.pieces if piece.names & reached]
         if not kept:
             continue
+        for piece in kept:
+            if twice := sorted(piece.names & taken):
+                raise TaskError(f"hooks must define the name {twice[0]!r} once, got it twice")
+            taken |= piece.names
         used = set().union(*(piece.uses for piece in kept))
         for name, origin in file.imports.items():
             if name not in used or origin[0].startswith("accelsearch"):
