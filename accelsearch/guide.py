@@ -46,10 +46,10 @@ HOPELESS = 0.01  # a smaller chance of an improvement is none
 # speedup and of the tamed loss over a parameter's whole range, and the lengths of the deviation
 # as shares of the range. The observations weigh all combinations by their marginal likelihood.
 _SLOPES = (0.5, 1.5)
-_DEVIATIONS = (0.1, 0.3, 0.8)
+_DEVIATIONS = (0.15, 0.5)
 _LENGTHS = (0.5, 1.0, 2.0)
 _CONSTANT = 0.3
-_NUGGET = 0.02  # what no smooth function explains
+_NUGGETS = (0.003, 0.03)  # what no smooth function explains
 
 # Expected before anything is measured: the farther from the identity, the faster, and the more is
 # lost. Of parameters without an identity nothing is known, so less is expected of them, and of a
@@ -206,9 +206,7 @@ class Guide:
         y = np.concatenate([np.asarray(values, dtype=float), np.full(len(anchors), idle or 0.0)])
         noise = np.concatenate([np.asarray(errors, dtype=float), np.zeros(len(anchors))])
         trend = self._trend if idle is not None else np.zeros(len(self._points))
-        mean, error = _posterior(
-            self._points[seen], y - trend[seen], noise**2 + _NUGGET**2, self._points[at]
-        )
+        mean, error = _posterior(self._points[seen], y - trend[seen], noise**2, self._points[at])
         return mean + trend[at], error
 
     def _key(self, params: Mapping[str, ParamValue]) -> tuple[tuple[str, Any], ...]:
@@ -226,10 +224,13 @@ def _posterior(seen: _Array, y: _Array, variances: _Array, at: _Array) -> tuple[
     own = (at**2).sum(1)
     inner, cross = _parts(seen, seen), _parts(seen, at)
     evidences, means, spreads = [], [], []
-    for slope, deviation, length in itertools.product(_SLOPES, _DEVIATIONS, range(len(_LENGTHS))):
+    priors = itertools.product(_SLOPES, _DEVIATIONS, range(len(_LENGTHS)), _NUGGETS)
+    for slope, deviation, length, nugget in priors:
         weights = np.array([_CONSTANT**2, slope**2, deviation**2])
         rows = [0, 1, 2 + length]
-        root = np.linalg.cholesky(np.tensordot(weights, inner[rows], 1) + np.diag(variances))
+        root = np.linalg.cholesky(
+            np.tensordot(weights, inner[rows], 1) + np.diag(variances + nugget**2)
+        )
         # The inverse makes products of what numpy has no triangular solve for.
         inverse = np.linalg.inv(root)
         white = inverse @ y
@@ -237,7 +238,7 @@ def _posterior(seen: _Array, y: _Array, variances: _Array, at: _Array) -> tuple[
         evidences.append(-0.5 * white @ white - np.log(np.diagonal(root)).sum())
         means.append(white @ explained)
         prior = _CONSTANT**2 + slope**2 * own + deviation**2
-        spreads.append(np.maximum(prior - (explained**2).sum(0), 0) + _NUGGET**2)
+        spreads.append(np.maximum(prior - (explained**2).sum(0), 0) + nugget**2)
     likely = np.exp(np.array(evidences) - max(evidences))
     likely /= likely.sum()
     mean = likely @ np.array(means)

@@ -200,14 +200,6 @@ def test_proposals_are_the_same_for_a_seed() -> None:
     assert once() == once()
 
 
-def test_a_better_setting_that_keeps_the_budget_for_sure_is_likelier() -> None:
-    guide = Guide(CACHE, all_of(CACHE), [SSIM], 0)
-    seen = [observed(setting, cached) for setting in all_of(CACHE)[::7]]
-    easy, hard = guide.propose(seen, None, 1.2), guide.propose(seen, None, 2.8)
-    assert easy is not None
-    assert hard is None or hard.chance < easy.chance
-
-
 # When the search gives up
 
 
