@@ -12,6 +12,7 @@ import random
 import re
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -465,9 +466,27 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
         ) from None
     try:
         environment = Environment.from_dict(attributes[_ENVIRONMENT])
-        return StoredStudy(name, configuration, environment, tuple(map(_trial, trials)))
+        return StoredStudy(name, configuration, environment, tuple(map(_read_once, trials)))
     except StorageError as error:
         raise StorageError(f"study {name!r} cannot be read: {error}") from None
+
+
+# Trials that have ended change no more, and a search reads its study twice a trial. By the identity
+# of Optuna's cached object, which is kept beside, so that no other object gets its number.
+_READ: OrderedDict[int, tuple[FrozenTrial, StoredTrial]] = OrderedDict()
+_READ_LIMIT = 50_000
+
+
+def _read_once(trial: FrozenTrial) -> StoredTrial:
+    known = _READ.get(id(trial))
+    if known is not None and known[0] is trial:
+        return known[1]
+    read = _trial(trial)
+    if trial.state.is_finished():
+        _READ[id(trial)] = (trial, read)
+        while len(_READ) > _READ_LIMIT:
+            _READ.popitem(last=False)
+    return read
 
 
 def _trial(trial: FrozenTrial) -> StoredTrial:

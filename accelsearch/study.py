@@ -46,6 +46,8 @@ __all__ = ["OTHERS", "Found", "Progress", "Silent", "search"]
 OTHERS = "other workers measure the rest"
 """Why a search stops that is not over: its last settings are being measured by others."""
 
+Setting = tuple[tuple[str, ParamValue], ...]
+
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
 _ENUMERABLE = 100_000  # settings up to which a space is listed to find untried ones
 
@@ -175,17 +177,19 @@ def search(
     deadline = time.monotonic() + (settings.timeout_s or math.inf)
     on_grid = settings.sampler == "grid"
     repeated = False
+    keys: dict[int, Setting] = {}
 
     while True:
         if len(_measured(stored)) >= settings.trials:
             return _finished(progress, stored, _limit(settings))
-        if size is not None and len(_settings(space, stored)) >= size:
+        measured_already = _settings(space, stored, keys)
+        if size is not None and len(measured_already) >= size:
             return _finished(progress, stored, _exhausted(size))
         if time.monotonic() > deadline:
             return _finished(progress, stored, f"the time limit of {settings.timeout_s:g} s")
         claimed = worker.others(study._study_id)
         others = {_setting(space, one) for one in claimed}
-        tried = _settings(space, stored).keys() | others
+        tried = measured_already.keys() | others
         if others and (
             len(_measured(stored)) + len(others) >= settings.trials
             or (size is not None and len(tried) >= size)
@@ -207,7 +211,7 @@ def search(
             repeated = True
             continue
         # One at a time: stored trials decide before each whether there is to be another.
-        trial = _Trial(ready, stored, artifacts, progress)
+        trial = _Trial(ready, stored, _settings(space, stored, keys), artifacts, progress)
         if not finish(study, running, worker, trial):
             progress.warned(f"trial {running.number} was given up: the database was out of reach")
         if worker.due():
@@ -226,10 +230,16 @@ class _Trial:
     """The objective of one trial: suggest, measure, record; remembers how it went."""
 
     def __init__(
-        self, bench: Bench, stored: StoredStudy, artifacts: Path, progress: Progress
+        self,
+        bench: Bench,
+        stored: StoredStudy,
+        measured: Mapping[Setting, StoredTrial],
+        artifacts: Path,
+        progress: Progress,
     ) -> None:
         self._bench = bench
         self._stored = stored
+        self._measured = measured
         self._artifacts = artifacts
         self._progress = progress
         self.error: TrialError | None = None
@@ -240,7 +250,7 @@ class _Trial:
         # Under one name, whatever the sampler chose where it makes no difference.
         params = effective(space, {one.name: _suggest(trial, one) for one in space})
         self._progress.trial_started(params)
-        known = _settings(space, self._stored).get(_setting(space, params))
+        known = self._measured.get(_setting(space, params))
         if known is not None:
             self.repeated = True
             return self._repeat(trial, known)
@@ -369,7 +379,7 @@ def _every(space: Sequence[Parameter]) -> list[dict[str, ParamValue]] | None:
 def _fresh(
     space: Sequence[Parameter],
     every: list[dict[str, ParamValue]] | None,
-    tried: Container[tuple[tuple[str, ParamValue], ...]],
+    tried: Container[Setting],
     chance: random.Random,
 ) -> dict[str, ParamValue] | None:
     """A setting that has not been tried, drawn at random; None where there is no other."""
@@ -382,9 +392,7 @@ def _fresh(
             return drawn
 
 
-def _setting(
-    space: Sequence[Parameter], params: Mapping[str, ParamValue]
-) -> tuple[tuple[str, ParamValue], ...]:
+def _setting(space: Sequence[Parameter], params: Mapping[str, ParamValue]) -> Setting:
     """What tells settings apart that differ in effect."""
     names = {parameter.name for parameter in space}
     # A study may hold trials of a space that was not this one.
@@ -402,10 +410,16 @@ def _measured(stored: StoredStudy) -> list[StoredTrial]:
 
 
 def _settings(
-    space: Sequence[Parameter], stored: StoredStudy
-) -> dict[tuple[tuple[str, ParamValue], ...], StoredTrial]:
-    """What is measured already, by setting."""
-    return {_setting(space, trial.params): trial for trial in _measured(stored)}
+    space: Sequence[Parameter], stored: StoredStudy, known: dict[int, Setting] | None = None
+) -> dict[Setting, StoredTrial]:
+    """What is measured already, by setting; `known` keeps the settings of one study's trials."""
+    known = {} if known is None else known
+    found = {}
+    for trial in _measured(stored):
+        if trial.number not in known:
+            known[trial.number] = _setting(space, trial.params)
+        found[known[trial.number]] = trial
+    return found
 
 
 def _lost(space: Sequence[Parameter], stored: StoredStudy) -> list[dict[str, ParamValue]]:
