@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-full-size clean
+.PHONY: help demo test test-slow lint bench bench-scaling bench-full-size postgres postgres-stop clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +32,17 @@ lint: $(VENV)/installed-dev ## ruff, mypy and import-linter
 bench: $(VENV)/installed ## Measure this project itself: the A/A control
 	$(BIN)/python benchmarks/control.py
 
+bench-scaling: $(VENV)/installed-dev ## Measure up to 64 workers on one PostgreSQL: 12 minutes
+	$(BIN)/python benchmarks/scaling.py
+
 bench-full-size: $(VENV)/installed ## Measure the methods on full-size architectures: 15 minutes on one large GPU
 	$(BIN)/python benchmarks/full_size.py --profile --bundled
+
+postgres: $(VENV)/installed-postgres ## Start a PostgreSQL server in storage/pg, and print its URL
+	@storage/postgres.sh start
+
+postgres-stop: ## Stop it; its data stay
+	storage/postgres.sh stop
 
 clean: ## Remove the virtual environment and all caches, but no results
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
@@ -49,6 +58,10 @@ $(VENV)/bin/python:
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-postgres: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[postgres]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any
@@ -173,7 +174,7 @@ def run(url: str, plan: Path, workers: int, seconds: float, folder: Path) -> dic
     turns = [
         later - earlier
         for moments in begins(log).values()
-        for earlier, later in zip(moments, moments[1:], strict=False)
+        for earlier, later in pairwise(moments)
         if since <= later <= until
     ]
     return {

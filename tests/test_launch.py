@@ -45,12 +45,12 @@ max_retries = 1
 
 
 class Launch:
-    """A launch in a process of its own, on a SQLite file, with a stand-in for the measurement."""
+    """A launch in a process of its own, with a stand-in for the measurement."""
 
-    def __init__(self, folder: Path, *options: str, plan: str = PLAN, **environment: str) -> None:
+    def __init__(self, folder: Path, *options: str, url: str = "", **environment: str) -> None:
         self.folder = folder
-        self.url = new_database(folder)
-        (folder / "plan.toml").write_text(plan)
+        self.url = url or new_database(folder)
+        (folder / "plan.toml").write_text(PLAN)
         command = ["launch", str(folder / "plan.toml"), "--logs", str(folder / "logs"), *options]
         self.output = folder / "launch.log"
         self.process = subprocess.Popen(
