@@ -35,6 +35,8 @@ def transient(error: BaseException | None) -> bool:
     """
     if isinstance(error, StorageInternalError):
         error = error.__cause__
+    if isinstance(error, sqlalchemy.exc.PendingRollbackError):
+        return True  # Optuna has gone on in a transaction that broke with its connection
     if not isinstance(error, sqlalchemy.exc.DBAPIError):
         return False
     if type(error.orig).__module__.startswith("sqlite3"):
@@ -55,7 +57,7 @@ def patiently(do: Callable[[], T], patience_s: float | None = None) -> T:
     while True:
         try:
             return do()
-        except (sqlalchemy.exc.DBAPIError, StorageInternalError) as error:
+        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
             if not transient(error) or time.monotonic() + pause_s > deadline:
                 raise
         time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311

@@ -37,6 +37,7 @@ def wrapped(error: BaseException) -> StorageInternalError:
     [
         (gone(), True),
         (wrapped(gone()), True),
+        (wrapped(sqlalchemy.exc.PendingRollbackError("after gone()")), True),
         (gone(psycopg.errors.AdminShutdown("terminating connection")), True),
         (gone(sqlite3.OperationalError("database is locked")), True),
         (gone(sqlite3.OperationalError("database or disk is full")), False),
@@ -146,15 +147,17 @@ def test_every_operation_outlasts_a_restart_of_the_server(postgres: Any) -> None
 
     thread = threading.Thread(target=restart)
     thread.start()
-    while not done.is_set() or len(trials) < 20:
-        trial = study.ask()
-        trial.suggest_float("x", 0, 1)
-        trial.set_user_attr("told", len(trials))
-        trial.report(1.0, step=0)
-        trial.set_constraint("c", -1.0)
-        study.tell(trial, float(len(trials)))
-        trials.append(trial.number)
-    thread.join()
+    try:
+        while not done.is_set() or len(trials) < 20:
+            trial = study.ask()
+            trial.suggest_float("x", 0, 1)
+            trial.set_user_attr("told", len(trials))
+            trial.report(1.0, step=0)
+            trial.set_constraint("c", -1.0)
+            study.tell(trial, float(len(trials)))
+            trials.append(trial.number)
+    finally:
+        thread.join()
     stored = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     assert [trial.value for trial in stored] == [float(one) for one in range(len(trials))]
     assert {trial.user_attrs["told"] for trial in stored} == set(range(len(trials)))
