@@ -8,10 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-scaling bench-full-size postgres postgres-stop clean
+.PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
+  bench-record bench-scripts postgres postgres-stop clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## Search the bundled model for its upper bound: about 3 minutes on 2 cores
 	$(BIN)/accelsearch bounds studies/shapes-demo.toml
@@ -35,6 +36,9 @@ bench: $(VENV)/installed ## Measure this project itself: the A/A control
 bench-scaling: $(VENV)/installed-dev ## Measure up to 64 workers on one PostgreSQL: 12 minutes
 	$(BIN)/python benchmarks/scaling.py
 
+bench-sequential: $(VENV)/installed ## Simulate the test of the budgets: its error rates, and the prompts it takes
+	$(BIN)/python benchmarks/sequential.py
+
 bench-full-size: $(VENV)/installed ## Measure the methods on full-size architectures: 15 minutes on one large GPU
 	$(BIN)/python benchmarks/full_size.py --profile --bundled
 
@@ -43,6 +47,14 @@ postgres: $(VENV)/installed-postgres ## Start a PostgreSQL server in storage/pg,
 
 postgres-stop: ## Stop it; its data stay
 	storage/postgres.sh stop
+
+bench-record: $(VENV)/installed ## Record the tables that searches are replayed against: minutes on one GPU
+	$(BIN)/python benchmarks/record.py --methods deepcache
+	$(BIN)/python benchmarks/record.py --methods deepcache,tgate
+
+bench-scripts: $(VENV)/installed ## Generate the demo's scripts, and run each beside what was measured
+	$(BIN)/accelsearch run studies/shapes-demo.toml --out storage/demo
+	$(BIN)/python benchmarks/generated.py storage/demo
 
 clean: ## Remove the virtual environment and all caches, but no results
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         PlanError,
         PluginError,
         StorageError,
+        TaskError,
         TrialError,
         UnsupportedError,
     )
@@ -43,6 +44,7 @@ __all__ = [
     "PluginError",
     "Scores",
     "StorageError",
+    "TaskError",
     "TrialError",
     "UnsupportedError",
     "__version__",
@@ -64,6 +66,7 @@ _HOMES = {
     "PlanError": "errors",
     "PluginError": "errors",
     "StorageError": "errors",
+    "TaskError": "errors",
     "TrialError": "errors",
     "UnsupportedError": "errors",
     "Environment": "measurement",

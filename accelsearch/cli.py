@@ -14,10 +14,14 @@ from accelsearch import __version__
 from accelsearch.errors import AccelSearchError, PlanError, StorageError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from accelsearch.codegen import Batch, Result
     from accelsearch.configuration import Configuration
     from accelsearch.measurement import ParamValue
+    from accelsearch.study import Found
 
 # Modules that import torch or optuna are imported inside the commands: `--help` stays instant.
 
@@ -33,6 +37,7 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 _WATCH_S = 2.0
 _INTERRUPTED = 130  # Typer's answer to Ctrl-C
 _DEFAULT_STORAGE = "sqlite:///storage/accelsearch.db"
+_EXPORTS = Path("storage/exports")
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, studies/*.toml.")]
 Storage = Annotated[
     str,
@@ -83,24 +88,10 @@ def bounds(
     overrides = {"search.trials": trials, "search.timeout_s": timeout_s, "device": device}
     configurations = load_plan(plan, overrides).configurations()
 
-    from accelsearch.console import bounds_table, progress_on
+    from accelsearch.console import bounds_table
     from accelsearch.storage import open_storage
-    from accelsearch.study import search
 
-    database = open_storage(storage)
-    found, code = [], 0
-    for configuration in configurations:
-        try:
-            with progress_on(_stderr()) as progress:
-                found.append(
-                    search(configuration, database, artifacts=artifacts, progress=progress)
-                )
-        except StorageError:
-            raise
-        except AccelSearchError as error:
-            # A fact about this configuration; the others may do better.
-            code = max(code, error.exit_code)
-            _complain(f"{configuration.slug}: {error}" if len(configurations) > 1 else str(error))
+    found, code = _searched(configurations, open_storage(storage), artifacts)
     if found:
         _stdout().print(bounds_table(found))
     return code or (0 if any(one.best for one in found) else 1)
@@ -377,6 +368,205 @@ def export(
     return 0 if exported.entries else 1
 
 
+@app.command(epilog="Example: accelsearch tasks --ratio 0.8 --ratio 0.9")
+def tasks(
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="The bounds, or the params with --from-params."),
+    ] = None,
+    from_params: Annotated[
+        bool, typer.Option("--from-params", help="One task for each stored setting instead.")
+    ] = False,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="A share of each bound to ask for; repeatable. 0.8, 0.9 and 0.95."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = _EXPORTS / "tasks.json",
+) -> int:
+    """Turn upper bounds into tasks that can be met, and write them to tasks.json."""
+    from accelsearch import codegen as code
+    from accelsearch import contract
+
+    if from_params:
+        if ratio:
+            raise PlanError("--ratio must be of a bound; leave it out with --from-params")
+        found = code.from_params(contract.read(source or _EXPORTS / "search_params.json"))
+    else:
+        bounds_file = source or _EXPORTS / "speedup_bounds.json"
+        found = code.from_bounds(contract.read(bounds_file), ratio or code.RATIOS)
+    code.write_tasks(out, found)
+    for task in found:
+        typer.echo(task["sentence"])
+    typer.echo(f"{len(found)} tasks in {out}", err=True)
+    return 0 if found else 1
+
+
+@app.command(epilog="Example: accelsearch codegen tasks.json --plan studies/shapes-demo.toml")
+def codegen(
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="[TASKS]", help="tasks.json, or a text of one sentence a line."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A sentence, instead of a file; repeatable.")
+    ] = None,
+    exports: Annotated[
+        Path, typer.Option(help="Folder of speedup_bounds.json and search_params.json.")
+    ] = _EXPORTS,
+    out: Annotated[Path, typer.Option(help="Folder of the scripts.")] = Path("storage/scripts"),
+    plan: Annotated[
+        Path | None, typer.Option(help="The plan to search when parameters are missing.")
+    ] = None,
+    search_command: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A command to search with, such as 'mine {plan} --speedup {speedup} {folder}'; "
+            "repeatable, run in this order."
+        ),
+    ] = None,
+    search_timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="Seconds that one task's search may take.")
+    ] = 3600.0,
+    search_unknown: Annotated[
+        bool, typer.Option("--search-unknown", help="Search also where no bound is known.")
+    ] = False,
+    closest: Annotated[
+        bool,
+        typer.Option("--closest", help="The nearest speedup, not the smallest loss."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or hub id, instead of the measured one.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Write a script for each task whose speedup is stored, or found by a search.
+
+    codegen_report.json says what became of each. Exit code 1 if a task failed.
+    """
+    from accelsearch import codegen as code
+
+    if source is not None and task:
+        raise PlanError("--task must be given instead of a file of tasks, got both")
+    wanted = list(task) if task else code.read_tasks(source or _EXPORTS / "tasks.json")
+    search = None
+    if search_command or plan is not None:
+        commands = [code.Template.of(text) for text in search_command or ()]
+        search = code.CommandSearch(
+            commands or code.default_search(), exports, plan, search_timeout_s
+        )
+    batch = code.generate(
+        wanted,
+        params=exports / "search_params.json",
+        bounds=exports / "speedup_bounds.json",
+        out=out,
+        search=search,
+        search_unknown=search_unknown,
+        closest=closest,
+        model=model,
+        told=_tell_result,
+    )
+    _tell_batch(batch, as_json)
+    return 1 if batch.failed else 0
+
+
+@app.command(epilog="Example: accelsearch run studies/shapes-demo.toml --out demo")
+def run(
+    plan: PlanFile,
+    out: Annotated[Path, typer.Option(help="Folder of the JSON files and the scripts.")],
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="A share of each bound to ask for; repeatable. 0.8, 0.9 and 0.95."),
+    ] = None,
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    trials: Annotated[
+        int | None, typer.Option(help="Trials a study, instead of the plan's.")
+    ] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Seconds a study may take.")] = None,
+    search_timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="Seconds that one task's search may take.")
+    ] = 3600.0,
+    device: Device = None,
+) -> int:
+    """Go the whole way from a plan to scripts: bounds, export, tasks and codegen, in this order.
+
+    Run it again to continue: finished trials are never repeated.
+    """
+    from accelsearch import codegen as code
+    from accelsearch import contract
+    from accelsearch.configuration import load_plan
+
+    overrides = {"search.trials": trials, "search.timeout_s": timeout_s, "device": device}
+    configurations = load_plan(plan, overrides).configurations()
+
+    from accelsearch.console import bounds_table
+    from accelsearch.export import export as export_to
+    from accelsearch.storage import open_storage
+
+    database = open_storage(storage)
+    _tell_stage(1, "bounds", f"{len(configurations)} configurations")
+    found, failed = _searched(configurations, database, artifacts)
+    if not found:
+        return failed
+    _stdout().print(bounds_table(found))
+
+    _tell_stage(2, "export", f"to {out}")
+    exported = export_to(
+        database, out, artifacts=artifacts, names=[one.study.name for one in found]
+    )
+    for name in exported.nothing_feasible:
+        typer.echo(f"no entry: nothing feasible in {name}", err=True)
+
+    # Of this plan alone: the folder may hold entries of others.
+    keys = {str(one.study.configuration.key(None)) for one in found if one.best}
+    bounds_of = {key: entry for key, entry in contract.read(exported.bounds).items() if key in keys}
+    asked = code.from_bounds(bounds_of, ratio or code.RATIOS)
+    code.write_tasks(out / "tasks.json", asked)
+    _tell_stage(3, "tasks", f"{len(asked)} in {out / 'tasks.json'}")
+
+    _tell_stage(4, "codegen", f"to {out}")
+    batch = code.generate(
+        asked,
+        params=exported.params,
+        bounds=exported.bounds,
+        out=out,
+        search=code.CommandSearch(
+            code.default_search(),
+            out,
+            plan,
+            search_timeout_s,
+            {"ACCELSEARCH_STORAGE": storage, "ACCELSEARCH_ARTIFACTS": str(artifacts)},
+        ),
+        told=_tell_result,
+    )
+    _tell_batch(batch, as_json=False)
+    return failed or (1 if batch.failed or not keys else 0)
+
+
+@app.command("import", epilog="Example: accelsearch import search_params.json studies/sd15.toml")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A search_params.json.")],
+    plan: PlanFile,
+    storage: Storage = _DEFAULT_STORAGE,
+    device: Device = None,
+) -> int:
+    """Let the next search of a plan try the parameters of an old search_params.json first."""
+    from accelsearch.configuration import load_plan
+
+    configurations = load_plan(plan, {"device": device}).configurations()
+
+    from accelsearch.importing import import_params
+    from accelsearch.storage import open_storage
+
+    found = import_params(source, configurations, open_storage(storage))
+    for one in found:
+        known = f", {one.known} known already" if one.known else ""
+        typer.echo(f"{one.study}: {len(one.waiting)} to try first{known}")
+        for reason in one.refused:
+            typer.echo(f"{one.study}: left out, {reason}", err=True)
+    return 0 if any(one.waiting or one.known for one in found) else 1
+
+
 @app.command(epilog="Example: accelsearch status --watch")
 def status(
     storage: Storage = _DEFAULT_STORAGE,
@@ -485,6 +675,49 @@ def _one_setting(
             f"({cells}); choose one with --scheduler and --steps"
         )
     return configurations[0], params
+
+
+def _searched(
+    configurations: Sequence[Configuration], database: Any, artifacts: Path
+) -> tuple[list[Found], int]:
+    """Search one configuration after the other; what was found, and the exit code of failures."""
+    from accelsearch.console import progress_on
+    from accelsearch.study import search
+
+    found, code = [], 0
+    for configuration in configurations:
+        try:
+            with progress_on(_stderr()) as progress:
+                found.append(
+                    search(configuration, database, artifacts=artifacts, progress=progress)
+                )
+        except StorageError:
+            raise
+        except AccelSearchError as error:
+            # A fact about this configuration; the others may do better.
+            code = max(code, error.exit_code)
+            _complain(f"{configuration.slug}: {error}" if len(configurations) > 1 else str(error))
+    return found, code
+
+
+def _tell_stage(number: int, name: str, what: str) -> None:
+    _stderr().print(f"[bold]{number}/4 {name}[/]: {what}", soft_wrap=True)
+
+
+def _tell_result(result: Result) -> None:
+    typer.echo(f"  {result.status.value}: {result.sentence or 'an empty line'}", err=True)
+
+
+def _tell_batch(batch: Batch, as_json: bool) -> None:
+    """What became of each task: a table, or the report itself."""
+    if as_json:
+        _print_json([result.to_dict() for result in batch.results])
+        return
+    from accelsearch.console import batch_table
+
+    _stdout().print(batch_table(batch))
+    counts = ", ".join(f"{count} {status.value}" for status, count in batch.counts.items() if count)
+    typer.echo(f"{counts or 'no task'}; see {batch.report}", err=True)
 
 
 def _value(text: str) -> ParamValue:

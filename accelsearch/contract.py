@@ -17,13 +17,17 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Annotated, Any, NoReturn, TypedDict
 
 from accelsearch.errors import ContractError, ExportError, shown
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = [
     "BUFFER",
@@ -33,10 +37,14 @@ __all__ = [
     "ParamsEntry",
     "buffered",
     "dumps",
+    "loads",
+    "locked",
     "meets",
     "read",
+    "read_text",
     "within",
     "write",
+    "write_text",
 ]
 
 UPBOUND = "upbound_speedup"
@@ -121,43 +129,57 @@ class Key:
 
 
 class _Context(TypedDict, total=False):
-    """What an entry may say beside its numbers: where, on what and how they were measured."""
+    """What an entry says beside its numbers: all that it takes to measure them again."""
 
-    model: str
-    revision: str | None
-    dtype: str
-    device: str
-    resolution: list[int]  # [height, width] in pixels
-    batch_size: int
+    losses: Annotated[dict[str, float], "of each metric that has a budget"]
+    scores: Annotated[dict[str, float], "mean score of each metric, of the accelerated images"]
+    speedup_interval: Annotated[list[float] | None, "[low, high], 95 %; null of too few pairs"]
+    baseline_latency_s: Annotated[float, "median of the unaccelerated calls, a batch each"]
+    latency_s: Annotated[float, "median of the accelerated calls, a batch each"]
+    compile_s: Annotated[float | None, "what the first call took longer; null: nothing compiles"]
+    baseline_peak_memory_bytes: Annotated[int | None, "null where the device does not tell"]
+    peak_memory_bytes: Annotated[int | None, "null where the device does not tell"]
+    methods: Annotated[list[str], "sorted"]
+    implementation: Annotated[dict[str, str], "method -> what ran, with its version"]
+    model: Annotated[str, "a hub id, a folder, or shapes, the bundled model"]
+    revision: Annotated[str | None, "of a hub id"]
+    variant: Annotated[str | None, "of the weights' files, such as fp16"]
+    weights: Annotated[str | None, "a digest of a folder's files"]
+    dtype: Annotated[str, "float32, float16 or bfloat16"]
+    device: Annotated[str, "the name of the GPU or CPU"]
+    resolution: Annotated[list[int], "[height, width] in pixels"]
+    batch_size: Annotated[int, "images a call"]
     guidance_scale: float
-    prompts: str
-    images: int
-    seed: int
-    budgets: list[dict[str, Any]]  # every budget; the key names the first alone
-    environment: dict[str, Any]
-    study: str
-    trial: int
-    speedup_interval: list[float] | None  # [low, high], 95 %
-    losses: dict[str, float]  # of each metric that has a budget
-    methods: list[str]
-    verified: bool  # measured again on prompts and seeds that the search never saw
+    negative_prompt: str
+    prompts: Annotated[str, "the name of the list"]
+    prompts_sha256: Annotated[str, "of the prompts that were used, one a line"]
+    images: Annotated[int, "how many prompts of the list were used, one image each"]
+    seed: Annotated[int, "of the first image; each further one counts up"]
+    scoring_model: Annotated[str, "the CLIP model of clip_score"]
+    budgets: Annotated[list[dict[str, Any]], "every budget; the key names the first alone"]
+    space: Annotated[dict[str, Any], "what the plan left to search of the parameters"]
+    environment: Annotated[dict[str, Any], "device, driver, Python and library versions"]
+    study: Annotated[str, "the study's name"]
+    trial: Annotated[int, "the trial's number in it"]
+    verified: Annotated[bool, "measured again on prompts and seeds that the search never saw"]
 
 
 class _BoundNumbers(TypedDict):
-    max_speedup: float  # buffered
+    max_speedup: Annotated[float, "the measured one and 10 %, to two decimals"]
 
 
 class BoundEntry(_BoundNumbers, _Context, total=False):
     """One entry of `speedup_bounds.json`."""
 
     measured_max_speedup: float
-    score_loss: float
-    params: dict[str, Any]
+    score_loss: Annotated[float, "of the first budget's metric; negative is better"]
+    params: Annotated[dict[str, Any], "the parameters that reached it"]
+    exhausted: Annotated[bool, "whether every setting there is has been measured"]
 
 
 class _ParamsNumbers(TypedDict):
-    speedup: float
-    score_loss: float
+    speedup: Annotated[float, "measured: baseline latency / accelerated latency"]
+    score_loss: Annotated[float, "of the first budget's metric; negative is better"]
 
 
 class ParamsEntry(_ParamsNumbers, _Context, total=False):
@@ -167,7 +189,7 @@ class ParamsEntry(_ParamsNumbers, _Context, total=False):
     libraries (`cache_interval`, `ratio`, ...), which a TypedDict cannot declare.
     """
 
-    requests: list[float]  # the requested speedups that this entry answers
+    requests: Annotated[list[float], "the requested speedups that this entry answers"]
 
 
 def buffered(measured: float) -> float:
@@ -195,7 +217,10 @@ def dumps(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """
     for text, entry in entries.items():
         key = Key.parse(text)
-        _check_entry(text, entry)
+        try:
+            _check_entry(text, entry)
+        except RecursionError:
+            raise ContractError(f"the entry of {text} is nested too deeply") from None
         for field in ("max_speedup",) if key.speedup is None else ("speedup", "score_loss"):
             if type(entry.get(field)) not in (int, float):
                 got = shown(entry[field]) if field in entry else "none"
@@ -210,21 +235,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         ContractError: the file cannot be read, is not one flat JSON object of entries, names a
             key twice, or holds a malformed key.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        reason = error.strerror or error
-        raise ContractError(f"{path} must be a readable file: {reason}") from None
-    except UnicodeDecodeError as error:
-        raise ContractError(f"{path} must be UTF-8 text: {error}") from None
-    try:
-        entries = json.loads(
-            text, object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_float=_finite
-        )
-    except ContractError as error:
-        raise ContractError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ContractError(f"{path} must be valid JSON: {error}") from None
+    entries = loads(read_text(path), path)
     if not isinstance(entries, dict):
         raise ContractError(f"{path} must hold one JSON object, got {shown(entries)}")
     for key, entry in entries.items():
@@ -247,14 +258,53 @@ def write(path: str | os.PathLike[str], entries: Mapping[str, Mapping[str, Any]]
         ContractError: as `dumps`.
         ExportError: the file cannot be written.
     """
-    text = dumps(entries)
+    write_text(path, dumps(entries))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ContractError: the file cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ContractError(f"{path} must be a readable file: {reason}") from None
+    except UnicodeDecodeError as error:
+        raise ContractError(f"{path} must be UTF-8 text: {error}") from None
+
+
+def loads(text: str, path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON text; `path` is named where it is malformed.
+
+    Raises:
+        ContractError: the text is no JSON, names a field twice, or holds NaN or an infinity.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_float=_finite
+        )
+    except ContractError as error:
+        raise ContractError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ContractError(f"{path} must be valid JSON: {error}") from None
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace the file at `path` by this text, in one step; its folder is created.
+
+    Raises:
+        ExportError: the file cannot be written.
+    """
     # A link keeps pointing where it pointed: its target is replaced, not the link.
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("x", encoding="ascii", newline="\n") as file:
+            with partial.open("x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -342,6 +392,60 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ContractError(f"numbers must be finite, got {text}")
     return number
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep others who call this with the same folder waiting until the exit.
+
+    For whoever reads files, changes what they hold and writes them back. A process that dies
+    leaves no lock behind. The folder is created, and removed at the exit if it stayed empty. Where
+    the system has no such locks (Windows), nobody waits.
+
+    Raises:
+        ExportError: the folder cannot be written.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    file = Path(folder) / ".accelsearch.lock"
+    existed = file.parent.exists()
+    try:
+        while (descriptor := _lock(file)) is None:
+            pass
+    except OSError as error:
+        raise ExportError(f"{folder} must be writable: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+        if not existed:
+            with contextlib.suppress(OSError):  # it holds something by now
+                file.parent.rmdir()
+
+
+def _lock(file: Path) -> int | None:
+    """The descriptor of the file with the lock on it; None if the file went away meanwhile.
+
+    Whoever held the lock removes the file, and the next one makes a new one.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(descriptor), file.stat()):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _sync_folder(folder: Path) -> None:

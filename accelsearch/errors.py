@@ -14,6 +14,7 @@ __all__ = [
     "PlanError",
     "PluginError",
     "StorageError",
+    "TaskError",
     "TrialError",
     "UnsupportedError",
     "nearest",
@@ -76,6 +77,12 @@ class TrialError(AccelSearchError):
         return str(self)
 
 
+class TaskError(AccelSearchError):
+    """One task cannot be understood, or no code can be made for it; the batch goes on."""
+
+    exit_code = 1
+
+
 class BaselineError(TrialError):
     """The unaccelerated pipeline itself makes no usable images, so no trial can be measured."""
 
@@ -103,7 +110,8 @@ def shown(value: object, limit: int = 80) -> str:
     """The `repr` of a value as a message can bear it: at most `limit` characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to write out whole numbers of more than 4300 digits
+    except (ValueError, RecursionError):
+        # Python refuses to write out whole numbers of more than 4300 digits, and deep nestings.
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
-from accelsearch import contract, report
+from accelsearch import contract, report, schema
 from accelsearch.contract import Key, buffered
 from accelsearch.errors import ExportError
-from accelsearch.queries import fastest_feasible
+from accelsearch.queries import exhausted, fastest_feasible
 from accelsearch.storage import StoredStudy, StoredTrial, read_studies
 
 __all__ = ["BOUNDS", "PARAMS", "Exported", "export"]
@@ -47,7 +47,7 @@ def export(
     Other configurations' entries in existing files stay. Those of another study of the same
     configuration (another GPU, say) are replaced only where `names` chooses: the measured speedup
     in their keys would leave them standing beside ours. A study without a feasible trial has no
-    entry.
+    entry. Exports to one folder wait for each other.
 
     Raises:
         StorageError: no study, or none of a name.
@@ -55,27 +55,33 @@ def export(
             other, now or in an existing file; or a file cannot be written.
         ContractError: an existing file is not one of ours.
     """
-    studies = read_studies(storage, names)
-    if not studies:
-        raise ExportError("there must be a study to export, found none; run `accelsearch bounds`")
-    best = {study.name: fastest_feasible(study) for study in studies}
-    found = [(study, trial) for study in studies if (trial := best[study.name])]
-    _refuse_collisions([study for study, _ in found])
-
-    bounds: Entries = {}
-    params: Entries = {}
-    for study, trial in found:
-        bounds[str(study.configuration.key(None))] = _bound(study, trial)
-        params[str(study.configuration.key(trial.speedup))] = _params(study, trial)
     files = (out / BOUNDS, out / PARAMS)
-    # Read both before either is written: what is wrong with one leaves both as they were.
-    kept = [contract.read(file) if file.exists() else {} for file in files]
-    others = [_others(old, new) for old, new in zip(kept, (bounds, params), strict=True)]
-    if names is None:
-        for file, keys in zip(files, others, strict=True):
-            _refuse_replacing(file, keys)
-    for file, old, keys, new in zip(files, kept, others, (bounds, params), strict=True):
-        contract.write(file, {**{key: old[key] for key in old if key not in keys}, **new})
+    # What is stored is read under the lock as well: an older state must not replace a newer one.
+    with contract.locked(out):
+        studies = read_studies(storage, names)
+        if not studies:
+            raise ExportError(
+                "there must be a study to export, found none; run `accelsearch bounds`"
+            )
+        best = {study.name: fastest_feasible(study) for study in studies}
+        found = [(study, trial) for study in studies if (trial := best[study.name])]
+        _refuse_collisions([study for study, _ in found])
+
+        bounds: Entries = {}
+        params: Entries = {}
+        for study, trial in found:
+            bounds[str(study.configuration.key(None))] = _bound(study, trial)
+            params[str(study.configuration.key(trial.speedup))] = _params(study, trial)
+        schema.check("speedup_bounds", bounds)
+        schema.check("search_params", params)
+        # Read both before either is written: what is wrong with one leaves both as they were.
+        kept = [contract.read(file) if file.exists() else {} for file in files]
+        others = [_others(old, new) for old, new in zip(kept, (bounds, params), strict=True)]
+        if names is None:
+            for file, keys in zip(files, others, strict=True):
+                _refuse_replacing(file, keys)
+        for file, old, keys, new in zip(files, kept, others, (bounds, params), strict=True):
+            contract.write(file, {**{key: old[key] for key in old if key not in keys}, **new})
 
     pictures = []
     for study, trial in found:
@@ -141,6 +147,7 @@ def _bound(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
         "max_speedup": buffered(trial.speedup),
         "measured_max_speedup": trial.speedup,
         "params": dict(trial.params),
+        "exhausted": exhausted(study),
         **_shared(study, trial),
     }
 
@@ -158,6 +165,7 @@ def _shared(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
     """What entries of both files say of where, on what and how their numbers were measured."""
     configuration, measurement = study.configuration, trial.measurement
     assert measurement is not None
+    identity = configuration.identity()
     losses = {budget.metric: trial.loss(budget) for budget in configuration.budgets}
     interval = measurement.latency.interval()
     return {
@@ -178,6 +186,7 @@ def _shared(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
         "model": configuration.model,
         "revision": configuration.revision,
         "variant": configuration.variant,
+        "weights": configuration.weights,
         "dtype": configuration.dtype,
         "device": study.environment.device,
         "resolution": [configuration.height, configuration.width],
@@ -185,10 +194,12 @@ def _shared(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
         "guidance_scale": configuration.guidance_scale,
         "negative_prompt": configuration.negative_prompt,
         "prompts": configuration.prompts_name,
+        "prompts_sha256": identity["prompts_sha256"],
         "images": configuration.images,
         "seed": configuration.seed,
         "scoring_model": configuration.scoring_model,
         "budgets": [budget.model_dump() for budget in configuration.budgets],
+        "space": identity["space"],
         "environment": study.environment.to_dict(),
         "study": study.name,
         "trial": trial.number,

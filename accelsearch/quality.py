@@ -70,10 +70,13 @@ class Metric(ABC):
         """The score loss; within the budget where `contract.within(loss, budget.max_loss)`."""
         return score_loss(scores, budget.floor_db)
 
-    def losses(self, scores: Scores, budget: Budget) -> NDArray[np.float64]:
+    def losses(
+        self, scores: Scores, budget: Budget, scale: float | None = None
+    ) -> NDArray[np.float64]:
         """The part of each prompt in the loss, float64 [prompts], to test against `max_loss`.
 
-        Their mean is `loss`.
+        Their mean is `loss`. `scale` is for relative losses alone, and stands in for the mean
+        that they are relative to where that depends on the prompts which are tested.
         """
         return score_losses(scores, budget.floor_db)
 
@@ -101,17 +104,30 @@ class ClipScore(Metric):
             raise ValueError("clip_score needs a scorer to score; take it from load_metrics")
         return self.scorer(images, prompts)
 
-    def losses(self, scores: Scores, budget: Budget) -> NDArray[np.float64]:
+    def losses(
+        self, scores: Scores, budget: Budget, scale: float | None = None
+    ) -> NDArray[np.float64]:
         """The part of each prompt in the loss, float64 [prompts], to test against `max_loss`.
 
-        Arranged so that loss_i - max_loss is ((1 - max_loss) baseline_i - accelerated_i) / mean
-        baseline: the mean stays `loss`, and a test of it is one of paired differences, which
-        the chance in the mean baseline does not disturb (Fieller).
+        loss_i = max_loss + ((1 - max_loss) baseline_i - accelerated_i) / scale: a test of it is
+        one of paired differences, whose mean is below 0 exactly where the budget is kept, however
+        large the scale. Not so the relative falls themselves: their mean rests on the mean
+        baseline score, which is one of the prompts seen (Fieller).
+
+        `scale` > 0 must not depend on the prompts that are tested: the mean baseline score over
+        all prompts, or over others. None: of these prompts, so that the mean is `loss`.
+
+        Raises:
+            TrialError: the baseline's mean score is 0 and no scale is given.
         """
-        losses = score_losses(scores)
         baseline = np.asarray(scores.baseline, dtype=np.float64)
-        share: NDArray[np.float64] = baseline / baseline.mean()
-        return losses + budget.max_loss * (1 - share)
+        if scale is None:
+            losses = score_losses(scores)  # refuses a mean of 0
+            scale = float(baseline.mean())
+            share: NDArray[np.float64] = baseline / scale
+            return losses + budget.max_loss * (1 - share)
+        excess: NDArray[np.float64] = (1 - budget.max_loss) * baseline - scores.accelerated
+        return budget.max_loss + excess / scale
 
 
 @dataclass(frozen=True)

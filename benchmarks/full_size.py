@@ -1,6 +1,7 @@
 """How much each method and combination speeds a full-size pipeline up on this GPU.
 
     make bench-full-size                    # Stable Diffusion 1.5 at 512 px and SDXL at 1024 px
+    benchmarks/full_size.py --pipeline StableDiffusionPipeline --minutes 8
 
 Random weights, drawn text embeddings: nothing is downloaded, and speed does not depend on them.
 Every row is the product's own measurement, pairs of baseline and accelerated calls side by side.
@@ -216,7 +217,7 @@ def configuration_of(name: str, batch: int, steps: int, dtype: str) -> Configura
         batch_size=batch,
         guidance_scale=architecture.guidance_scale,
         dtype=dtype,
-        latency=LatencySettings(min_pairs=6, max_pairs=10, precision=0.02),
+        latency=LatencySettings(min_pairs=6, max_pairs=6),
     )
 
 
@@ -308,8 +309,12 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
         flush=True,
     )
     rows, images, plain_loops, profiles = [], {}, {}, {}
-    for setting in settings(name):
-        if options.row and setting.name not in options.row:
+    wanted = [one for one in settings(name) if not options.row or one.name in options.row]
+    left_out = []
+    started = time.monotonic()
+    for setting in wanted:
+        if options.minutes and time.monotonic() - started > 60 * options.minutes:
+            left_out.append(setting.name)
             continue
         print(f"{time.strftime('%X')} {name}: {setting.name}", file=sys.stderr, flush=True)
         timing = measured(pipeline, configuration, setting)
@@ -320,10 +325,14 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
             print(f"| none | - | 1 | {baseline_s:.3f} | {baseline_memory / 1e9:.1f} | - |")
         print(shown(rows[-1]), flush=True)
         if setting.name in BY_HAND:
-            plain_loops[setting.name] = plain_loop(pipeline, configuration, BY_HAND[setting.name])
+            by_hand = plain_loop(pipeline, configuration, BY_HAND[setting.name])
+            print(f"plain loop {by_hand:.3f}x", file=sys.stderr, flush=True)
+            plain_loops[setting.name] = by_hand
         if setting.name in (LIBRARY, COMPILED):
             with way(pipeline, setting):
                 images[setting.name] = image(pipeline, configuration)
+            if len(images) == 2:
+                print(f"PSNR {psnr(*images.values()):.1f} dB", file=sys.stderr, flush=True)
             if options.profile and device.type == "cuda":
                 profiles[setting.name] = profiled(pipeline, configuration, setting)
     result: dict[str, Any] = {
@@ -334,13 +343,16 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
         "profile_s": profiles,
     }
     by_name = {one["setting"]: one for one in rows}
+    if left_out:
+        print(f"\nnot measured within {options.minutes:g} minutes: {', '.join(left_out)}")
     if len(images) == 2:
         library, compiled = (by_name[one]["speedup"] for one in images)
         result["compiled_over_library"] = compiled / library
         result["psnr_db"] = psnr(*images.values())
         print(
             f"\n{COMPILED} is {compiled / library:.2f}x as fast as {LIBRARY}; "
-            f"PSNR between their images {result['psnr_db']:.1f} dB"
+            f"PSNR between their images {result['psnr_db']:.1f} dB",
+            flush=True,
         )
     if profiles:
         print(f"\n| where the time goes, s | {' | '.join(profiles)} |")
@@ -437,6 +449,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, help="images a call; 4 for SD, 1 for SDXL")
     parser.add_argument("--row", action="append", help="a row by its name; repeatable")
+    parser.add_argument("--minutes", type=float, help="begin no row of a pipeline after so many")
     parser.add_argument("--profile", action="store_true", help="where DeepCache's time goes")
     parser.add_argument("--bundled", action="store_true", help="compare images of that model too")
     parser.add_argument("--dry-run", action="store_true", help="toys of these shapes, anywhere")

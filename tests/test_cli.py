@@ -19,11 +19,25 @@ import torch
 
 import accelsearch
 from accelsearch import cli, objective, study
+from accelsearch.contract import Key
 from accelsearch.errors import AccelSearchError, ModelError, StorageError, TrialError
 from accelsearch.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("bounds", "launch", "worker", "measure", "methods", "export", "status", "doctor")
+COMMANDS = (
+    "bounds",
+    "launch",
+    "worker",
+    "measure",
+    "methods",
+    "export",
+    "tasks",
+    "codegen",
+    "run",
+    "import",
+    "status",
+    "doctor",
+)
 PLAN = {
     "schedulers": '["DDIMScheduler"]',
     "steps": "[4]",
@@ -719,6 +733,126 @@ def test_doctor_shows_a_remedy_with_brackets_as_it_is(
     ran = run("doctor")
     assert "pip install 'accelsearch[dashboard]'" in ran.out
     assert ran.code == 0  # a dashboard is not needed
+
+
+# tasks, codegen, run and import
+
+
+BOUND = str(Key("StableDiffusionPipeline", "DDIMScheduler", 4, None, 0.9, ("deepcache",)))
+STORED = str(Key("StableDiffusionPipeline", "DDIMScheduler", 4, 2.0, 0.9, ("deepcache",)))
+
+
+@pytest.fixture
+def exports(tmp_path: Path) -> Path:
+    folder = tmp_path / "storage" / "exports"
+    folder.mkdir(parents=True)
+    bound = {"max_speedup": 2.2, "measured_max_speedup": 2.0}
+    params = {"cache_interval": 2, "cache_branch_id": 0, "model": "some/model"}
+    (folder / "speedup_bounds.json").write_text(json.dumps({BOUND: bound}))
+    found = {STORED: {"speedup": 2.0, "score_loss": 0.1, **params}}
+    (folder / "search_params.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_tasks_are_written_and_their_sentences_printed(run: Run, exports: Path) -> None:
+    ran = run("tasks")
+    assert ran.code == 0
+    tasks = json.loads((exports / "tasks.json").read_text())
+    assert [task["speedup"] for task in tasks] == [1.76, 1.98, 2.09]
+    assert ran.out.splitlines() == [task["sentence"] for task in tasks]
+    assert ran.err == "3 tasks in storage/exports/tasks.json\n"
+    ran = run("tasks", "--from-params", "--out", "mine.json")
+    assert "with 2.00x speedup" in ran.out
+    assert len(json.loads(Path("mine.json").read_text())) == 1
+    bounds_file = exports / "speedup_bounds.json"
+    assert "1.10x" in run("tasks", bounds_file, "--ratio", "0.5").out
+    assert "--from-params" in run("tasks", "--from-params", "--ratio", "0.5").said_one_line()
+    assert "No such file" in run("tasks", "none.json").said_one_line()
+    assert "finite number > 0, got 0.0" in run("tasks", "--ratio", "0").said_one_line()
+
+
+def test_no_bound_gives_no_task_and_exit_code_1(run: Run, exports: Path) -> None:
+    (exports / "speedup_bounds.json").write_text("{}")
+    assert run("tasks").code == 1
+
+
+def test_codegen_accounts_for_every_task(
+    run: Run, exports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    run("tasks")
+    ran = run("codegen")
+    assert ran.code == 1  # 2.09x is below the bound, and there is no plan to search
+    assert ran.err.splitlines()[-1] == (
+        "2 generated, 1 failed; see storage/scripts/codegen_report.json"
+    )
+    assert "sd-ddim-4-deepcache-1.76x-loss0.9.py" in ran.out
+    assert len(list(Path("storage/scripts").glob("*.py"))) == 2
+    report = json.loads(Path("storage/scripts/codegen_report.json").read_text())
+    assert [one["status"] for one in report] == ["generated", "generated", "failed"]
+    assert "--plan" in report[2]["reason"]
+
+    ran = run("codegen", "--search-command", "false {speedup}", "--json")
+    assert ran.code == 0
+    assert [one["status"] for one in json.loads(ran.out)][2] == "unreached"
+
+
+def test_codegen_takes_sentences_and_texts(run: Run, exports: Path) -> None:
+    said = "SD1.5, DDIM, 4 steps, DeepCache, 1.5x, loss 0.9"
+    ran = run("codegen", "--task", said, "--out", "mine", "--model", "other/model")
+    assert ran.code == 0, ran.err
+    text = Path("mine/sd-ddim-4-deepcache-1.50x-loss0.9.py").read_text()
+    assert 'MODEL = "other/model"' in text
+    Path("tasks.txt").write_text(f"{said}\n\n{said.replace('1.5x', '9x')}\n")
+    ran = run("codegen", "tasks.txt", "--json")
+    assert ran.code == 1
+    found = [one["status"] for one in json.loads(ran.out)]
+    assert found == ["generated", "failed", "infeasible"]
+    assert "got both" in run("codegen", "tasks.txt", "--task", said).said_one_line()
+    assert "No such file" in run("codegen", "none.txt").said_one_line()
+    typo = run("codegen", "tasks.txt", "--search-command", "mine {speed}").said_one_line()
+    assert "did you mean 'speedup'" in typo
+
+
+def test_run_goes_the_whole_way_into_one_folder(run: Run, write_plan: WritePlan) -> None:
+    plan = write_plan(methods='[["deepcache"], []]')
+    ran = run("run", plan, "--out", "demo", "--ratio", "0.1", "--ratio", "0.2")
+    assert ran.code == 0, ran.err
+    stages = [line.partition(":")[0] for line in ran.err.splitlines() if re.match(r"\d/4", line)]
+    assert stages == ["1/4 bounds", "2/4 export", "3/4 tasks", "4/4 codegen"]
+    assert "Upper bounds" in ran.out
+    assert "2 generated; see demo/codegen_report.json" in ran.err
+    assert {file.suffix for file in Path("demo").iterdir()} == {".json", ".py", ".png"}
+    assert len(list(Path("demo").glob("*.py"))) == 2
+    for name in ("speedup_bounds", "search_params", "tasks", "codegen_report"):
+        assert json.loads((Path("demo") / f"{name}.json").read_text())
+    again = run("run", plan, "--out", "demo", "--ratio", "0.1", "--ratio", "0.2")
+    assert again.code == 0
+    assert "trials stored already" in again.err
+
+
+def test_run_with_nothing_feasible_is_exit_code_1(run: Run, write_plan: WritePlan) -> None:
+    ran = run("run", write_plan(budgets='[{ metric = "ssim", max_loss = 0.0 }]'), "--out", "demo")
+    assert ran.code == 1
+    assert "no entry: nothing feasible in" in ran.err
+    assert json.loads(Path("demo/codegen_report.json").read_text()) == []
+
+
+def test_imported_parameters_are_tried_first(
+    run: Run, write_plan: WritePlan, exports: Path
+) -> None:
+    plan = write_plan()
+    ran = run("import", exports / "search_params.json", plan)
+    assert ran.code == 0, ran.err
+    assert re.fullmatch(r"sd-DDIM-4-deepcache-clip_score0\.9-\w+: 1 to try first\n", ran.out)
+    ran = run("bounds", plan)
+    assert ran.code == 0
+    assert "trial 0 (limit 2)" in ran.err
+    (first,) = [line for line in ran.err.splitlines() if "trial 0 " in line]
+    assert "cache_interval=2, cache_branch_id=0" in first
+    assert "1 known already" in run("import", exports / "search_params.json", plan).out
+    (exports / "search_params.json").write_text("{}")
+    assert run("import", exports / "search_params.json", plan).code == 1
 
 
 # The whole way

@@ -370,7 +370,13 @@ def test_the_identity_tells_what_is_searched_and_the_context_does_not(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("search.trials", 99), ("latency.max_pairs", 99), ("device", "cpu"), ("search.seed", 9)],
+    [
+        ("search.trials", 99),
+        ("latency.max_pairs", 99),
+        ("device", "cpu"),
+        ("search.seed", 9),
+        ("budgets", [{"metric": "clip_score", "max_loss": 0.02, "bound": 0.3}]),
+    ],
 )
 def test_limits_and_devices_belong_to_no_identity(write: Write, key: str, value: Any) -> None:
     assert cell_of(write).identity() == cell_of(write, **{key: value}).identity()
@@ -504,6 +510,14 @@ def test_a_key_names_the_first_budget(write: Write) -> None:
         (
             {"budgets": [{"metric": "psnr", "floor_db": float("nan")}]},
             "budgets[0].floor_db must be finite, got nan",
+        ),
+        (
+            {"budgets": [{"metric": "psnr", "floor_db": 25, "bound": 0}]},
+            "budgets[0].bound must be > 0, got 0",
+        ),
+        (
+            {"budgets": [{"metric": "ssim", "max_loss": 0.1, "bound": 0.1}]},
+            "budgets[0] must have bound > max_loss, got bound 0.1 and max_loss 0.1",
         ),
         ({"images": 0}, "images must be >= 1, got 0"),
         ({"images": 1000}, "images must be <= 260, the number of prompts in 'photo', got 1000"),

@@ -17,12 +17,12 @@ from PIL import Image
 from stored import ENVIRONMENT, add_trial, configured, measured, new_database
 
 from accelsearch import contract
-from accelsearch.configuration import Budget
+from accelsearch.configuration import Budget, Plan
 from accelsearch.errors import ContractError, ExportError, StorageError
 from accelsearch.export import BOUNDS, PARAMS, Exported, export
 from accelsearch.measurement import Environment, Latency, Scores
 from accelsearch.report import keep_picture
-from accelsearch.storage import Outcome, create_study, open_storage, record
+from accelsearch.storage import Outcome, create_study, open_storage, record, say_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 
@@ -141,7 +141,9 @@ def test_an_entry_says_where_on_what_and_how_it_was_measured(
             "images": 2,
             "seed": 0,
             "methods": ["deepcache"],
-            "budgets": [{"metric": "clip_score", "max_loss": 0.02, "floor_db": None}],
+            "budgets": [
+                {"metric": "clip_score", "max_loss": 0.02, "floor_db": None, "bound": None}
+            ],
             "environment": ENVIRONMENT.to_dict(),
             "implementation": {"deepcache": "DeepCache 0.1.1 DeepCacheSDHelper"},
             "losses": {"clip_score": pytest.approx(0.01)},
@@ -153,6 +155,61 @@ def test_an_entry_says_where_on_what_and_how_it_was_measured(
             "verified": False,  # the search's own prompts are no proof
         }
         assert {name: entry[name] for name in expected} == expected
+
+
+def test_a_bound_says_whether_every_setting_has_been_measured(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    say_settings(study, 2)
+    add_trial(study, 2.0, 0.01)
+    exported(database, out)
+    assert entries(out)[0][BOUND]["exhausted"] is False
+    add_trial(study, 3.0, 0.5)
+    exported(database, out)
+    assert entries(out)[0][BOUND]["exhausted"] is True
+
+
+def test_an_entry_holds_what_it_takes_to_rebuild_the_plan(database: BaseStorage, out: Path) -> None:
+    plan = Plan(
+        model="hub/sd15",
+        revision="main",
+        variant="fp16",
+        dtype="float16",
+        schedulers=("DDIMScheduler",),
+        steps=(50,),
+        methods=(("deepcache", "tome"),),
+        budgets=(CLIP, Budget(metric="ssim", max_loss=0.2)),
+        prompts="photo",
+        images=3,
+        batch_size=2,
+        resolution=(512, 768),
+        guidance_scale=5.5,
+        negative_prompt="blurry",
+        seed=7,
+        space={"cache_interval": {"low": 2, "high": 5}, "sx": (2, 4)},
+    )
+    (configuration,) = plan.configurations()
+    study = create_study(database, configuration, ENVIRONMENT, RandomSampler(seed=0))
+    add_trial(study, 2.0, 0.01, ssim=Scores("ssim", None, (0.95,)))
+    exported(database, out)
+    for file in entries(out):
+        ((key, entry),) = file.items()
+        pipeline, scheduler, steps, _, _, methods = ast.literal_eval(key)
+        kept = ("model", "revision", "variant", "dtype", "batch_size", "guidance_scale", "prompts")
+        kept += ("negative_prompt", "images", "seed", "scoring_model", "budgets", "resolution")
+        rebuilt = Plan(
+            **{name: entry[name] for name in kept},
+            pipeline=pipeline,
+            schedulers=(scheduler,),
+            steps=(int(steps),),
+            methods=(methods,),
+            space=entry["space"],
+        )
+        (again,) = rebuilt.configurations()
+        assert again.identity() == configuration.identity()
+        assert again.context()["prompts_sha256"] == entry["prompts_sha256"]
+        assert Environment.from_dict(entry["environment"]) == ENVIRONMENT
 
 
 def test_too_few_pairs_for_an_interval_are_told_as_none(database: BaseStorage, out: Path) -> None:

@@ -182,6 +182,17 @@ def test_a_fall_of_exactly_the_budget_leaves_no_variance() -> None:
     assert METRICS["clip_score"].losses(scores, BUDGETS["clip_score"]) == pytest.approx([0.02] * 2)
 
 
+def test_a_scale_changes_no_side_of_the_budget() -> None:
+    metric, budget = METRICS["clip_score"], BUDGETS["clip_score"]
+    for scores in (CLIP, Scores("clip_score", CLIP.baseline, (19.0, 29.0, 25.5))):
+        own = metric.losses(scores, budget)
+        assert metric.losses(scores, budget, 25.0) == pytest.approx(own)  # their mean
+        for scale in (1.0, 80.0):
+            scaled = metric.losses(scores, budget, scale)
+            assert scaled - 0.02 == pytest.approx((own - 0.02) * 25 / scale)
+            assert (scaled.mean() < 0.02) == (metric.loss(scores, budget) < 0.02)
+
+
 def test_a_baseline_that_scores_nothing_has_no_relative_loss() -> None:
     scores = Scores("clip_score", baseline=(0.0, 0.0), accelerated=(1.0, 0.0))
     metric, budget = METRICS["clip_score"], BUDGETS["clip_score"]

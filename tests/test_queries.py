@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from stored import ENVIRONMENT, configured, measured
 from accelsearch.configuration import Budget
 from accelsearch.measurement import Scores
 from accelsearch.queries import (
+    exhausted,
     fastest_feasible,
     feasible_trials,
     outcomes,
@@ -42,6 +44,16 @@ def trial(
 
 def study_of(trials: Iterable[StoredTrial], budgets: tuple[Budget, ...] = (CLIP,)) -> StoredStudy:
     return StoredStudy("a study", configured(budgets=budgets), ENVIRONMENT, tuple(trials))
+
+
+def test_a_study_is_exhausted_when_every_setting_has_been_measured() -> None:
+    trials = [trial(0, 2.0, 0.01), trial(1, 3.0, 0.5)]
+    assert not exhausted(study_of(trials))  # nobody knows how many there are
+    assert exhausted(replace(study_of(trials), settings=2))
+    assert not exhausted(replace(study_of(trials), settings=3))
+    repeated = replace(trials[0], number=2, reused_from=0)
+    running = replace(trials[0], number=3, outcome=Outcome.RUNNING)
+    assert not exhausted(replace(study_of([*trials, repeated, running]), settings=3))
 
 
 @st.composite

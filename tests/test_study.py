@@ -27,7 +27,14 @@ from accelsearch.errors import (
     UnsupportedError,
 )
 from accelsearch.latency import dominated
-from accelsearch.measurement import Latency, Measurement, ParamValue, Scores, score_loss
+from accelsearch.measurement import (
+    Latency,
+    Measurement,
+    ParamValue,
+    Scores,
+    score_loss,
+    score_losses,
+)
 from accelsearch.methods import Parameter, applied
 from accelsearch.objective import Result, environment_of
 from accelsearch.storage import (
@@ -108,7 +115,11 @@ class Stand:
             budgets = {budget.metric: budget for budget in self.configuration.budgets}
             losses = {one.metric: score_loss(one, budgets[one.metric].floor_db) for one in scores}
             told = [(losses[name], budget) for name, budget in budgets.items()]
-            kept = decide(told, exhausted=True) is Verdict.WITHIN
+            parts = [
+                (score_losses(one, budgets[one.metric].floor_db), budgets[one.metric])
+                for one in scores
+            ]
+            kept = decide(parts, len(parts[0][0])).verdict is Verdict.WITHIN
             outcome = Outcome.FEASIBLE if kept else Outcome.OVER_BUDGET
             reason = ", ".join(loss_told(*one) for one in told)
         return Result(

@@ -6,24 +6,27 @@ Cheap to import: neither torch nor a diffusion library is needed to read a metho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from accelsearch.hooks.shared import CallSteps, Phase, Phases
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+__all__ = [
+    "AccelerationMethod",
+    "CallSteps",
+    "Parameter",
+    "Phase",
+    "Phases",
+    "Run",
+    "Value",
+]
+
 Value = int | float | bool | str
-
-Phase = Callable[[], Hashable]
-"""What a method makes of the denoiser's call under way, told once its forward pre-hooks have run.
-
-In two calls of equal phases the method does the same work, on tensors of the same shapes.
-"""
-
-Phases = tuple[tuple[str, Phase | None], ...]
-"""By the name of the method; None of one that does not tell."""
 
 
 @dataclass(frozen=True)
@@ -242,48 +245,3 @@ class AccelerationMethod(Protocol):
 
     def implementation(self) -> str:
         """What runs, with its version, such as `DeepCache 0.1.1 DeepCacheSDHelper`."""
-
-
-class CallSteps:
-    """Counts the denoiser's calls within the current pipeline call, from 0.
-
-    A pipeline call begins by giving its scheduler new timesteps, so a new call is told by the
-    identity of that tensor: nothing to reset, no GPU synchronisation, and it works for calls
-    that somebody else starts and after calls that were broken off.
-    """
-
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        self._pipeline = pipeline
-        # A reference, not an id(): the id of a freed tensor may be given to the next one.
-        self._timesteps: Any = None
-        self._index = -1
-
-    def advance(self) -> int:
-        """Count one denoiser call and return its index; 0 is the first of a pipeline call."""
-        timesteps = self._pipeline.scheduler.timesteps
-        if timesteps is self._timesteps:
-            self._index += 1
-        else:
-            self._timesteps = timesteps
-            self._index = 0
-        return self._index
-
-    @property
-    def step(self) -> int:
-        """The index of the last call counted, less the calls by which a scheduler starts itself.
-
-        PNDM makes one or more such calls; in them this is negative.
-        """
-        return self._index - self.extra
-
-    @property
-    def extra(self) -> int:
-        """The number of calls by which the scheduler starts itself."""
-        scheduler: Any = self._pipeline.scheduler
-        regular: int = scheduler.num_inference_steps * scheduler.order
-        return max(len(scheduler.timesteps) - regular, 0)
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the last call counted is the last of the pipeline call."""
-        return self._index == len(self._pipeline.scheduler.timesteps) - 1

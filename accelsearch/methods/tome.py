@@ -1,9 +1,6 @@
-"""Token merging: let the UNet's self-attentions see fewer tokens, the most similar ones as one.
+"""Token merging as a method: its parameters, the pipelines it serves, and what makes a difference.
 
-Source: Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", CVPR Workshop on Efficient
-Deep Learning for Computer Vision 2023, arXiv:2303.17604. The merging is that of the authors'
-`tomesd`; what is added here is what serving needs: the same seed gives the same image, and the
-pipeline is restored exactly.
+How it works stands in `accelsearch.hooks.tome`.
 """
 
 from __future__ import annotations
@@ -16,8 +13,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from accelsearch.errors import UnsupportedError
-from accelsearch.methods.base import AccelerationMethod, CallSteps, Parameter, Phase, Run, Value
-from accelsearch.methods.patching import STABLE_DIFFUSION, denoiser_of, kept_of
+from accelsearch.methods.base import AccelerationMethod, Parameter, Phase, Run, Value
+from accelsearch.methods.patching import STABLE_DIFFUSION, denoiser_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -97,8 +94,10 @@ class ToMe(AccelerationMethod):
 
     def check(self, pipeline: DiffusionPipeline, run: Run) -> None:
         """Raise UnsupportedError unless the pipeline is an SD or SDXL with blocks to merge in."""
+        from accelsearch.hooks.tome import blocks_of
+
         unet = denoiser_of(pipeline, self.name, self.pipelines)
-        blocks = _blocks(unet)
+        blocks = blocks_of(unet)
         if any(type(block).__name__ == "ToMeBlock" for block in blocks):
             raise UnsupportedError(
                 "tome must not be applied already, but this unet's blocks are tomesd's; "
@@ -145,58 +144,27 @@ class ToMe(AccelerationMethod):
     ) -> Iterator[Phase]:
         """Accelerate the pipeline until the exit, which gives each block its own class back."""
         self.check(pipeline, run)
-        import tomesd
+        from accelsearch.hooks.tome import apply_tome
 
-        unet = pipeline.unet
-        modules = (unet, *_blocks(unet))
-        # remove_patch() leaves this one behind on the modules, and an earlier one may be there.
-        before = {module: vars(module).get("_tome_info") for module in modules}
-        seeding = None
-        try:
-            tomesd.apply_patch(
-                unet,
-                ratio=params["ratio"],
-                max_downsample=params["max_downsample"],
-                sx=params["sx"],
-                sy=params["sy"],
-            )
-            seeding = unet.register_forward_pre_hook(_seed_each_call(pipeline, run.seed))
-            yield lambda: tuple(params.values())  # every step is like the others
-        finally:
-            if seeding is not None:
-                seeding.remove()
-            tomesd.remove_patch(unet)
-            for module, info in before.items():
-                if info is None:
-                    vars(module).pop("_tome_info", None)
-                else:
-                    module._tome_info = info
+        with apply_tome(
+            pipeline,
+            ratio=float(params["ratio"]),
+            max_downsample=int(params["max_downsample"]),
+            sx=int(params["sx"]),
+            sy=int(params["sy"]),
+            seed=run.seed,
+        ) as phase:
+            yield phase
 
     def implementation(self) -> str:
         """The library, its version, and the function of it that runs."""
         return f"tomesd {version('tomesd')} apply_patch"
 
 
-def _seed_each_call(pipeline: DiffusionPipeline, seed: int) -> Any:
-    """A hook before the UNet's forward that starts the library's generator anew in each call."""
-    steps = CallSteps(pipeline)
-
-    def hook(unet: Any, args: tuple[Any, ...]) -> None:
-        if steps.advance() == 0:
-            generator = kept_of(unet).generator(args[0].device, seed)
-            unet._tome_info["args"]["generator"] = generator
-
-    return hook
-
-
-def _blocks(module: Any) -> list[Any]:
-    from diffusers.models.attention import BasicTransformerBlock
-
-    return [one for one in module.modules() if isinstance(one, BasicTransformerBlock)]
-
-
 def _grids(pipeline: Any, run: Run) -> list[_Grid]:
     """The grids of at least two tokens at which the UNet has transformer blocks, finest first."""
+    from accelsearch.hooks.tome import blocks_of
+
     unet = pipeline.unet
     scale = pipeline.vae_scale_factor
     top = height, width = run.height // scale, run.width // scale
@@ -210,7 +178,7 @@ def _grids(pipeline: Any, run: Run) -> list[_Grid]:
     held = {
         size
         for block, size in zip(blocks, sizes, strict=True)
-        if block is not None and _blocks(block) and math.prod(size) > 1
+        if block is not None and blocks_of(block) and math.prod(size) > 1
     }
     return sorted((_grid(top, size) for size in held), key=lambda grid: -grid.tokens)
 

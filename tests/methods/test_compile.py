@@ -11,9 +11,11 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from accelsearch.errors import UnsupportedError
+from accelsearch.hooks import compile as compile_hook
+from accelsearch.hooks.compile import _group_norms_channels_last, _regions
 from accelsearch.methods import METHODS, applied
 from accelsearch.methods import compile as compile_module
-from accelsearch.methods.compile import _regions, backend
+from accelsearch.methods.compile import backend
 from accelsearch.methods.patching import Kept, map_tensors
 
 from .tiny import MakePipeline, apply, images, run_of, state_of
@@ -233,11 +235,11 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
         forward(*args, **kwargs)
         kept.held = held
         found.append(Recorded(forward, inputs))
-        captured = compile_module._Graph(found[-1], found[-1].output, kept.held)  # type: ignore[arg-type]
+        captured = compile_hook._Graph(found[-1], found[-1].output, kept.held)  # type: ignore[arg-type]
         kept.held = held
         return captured
 
-    monkeypatch.setattr(compile_module._Graphs, "_capture", capture)
+    monkeypatch.setattr(compile_hook._Graphs, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     space = METHODS["compile"].space
     monkeypatch.setattr(
@@ -310,7 +312,7 @@ def test_what_changes_between_applications_is_not_forgotten(
 
 
 def test_phases_of_two_methods_are_told_apart(captures: list[Recorded]) -> None:
-    graphs = compile_module._Graphs((0, 0))
+    graphs = compile_hook._Graphs((0, 0))
     kept = Kept()
     call = ((torch.ones(2),), {})
     for which, factor in enumerate((2.0, 3.0)):
@@ -427,3 +429,28 @@ def close(accelerated: torch.Tensor, expected: torch.Tensor, baseline: torch.Ten
     assert error < 1e-3
     if not torch.equal(expected, baseline):
         assert error < 0.1 * (expected - baseline).abs().mean()
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 5, 7), (2, 32, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_group_norm_channels_last_computes_what_torch_does(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(8, 32, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    norm = norm.to(dtype)
+    inputs = (3 * torch.randn(shape) + 1).to(dtype)
+    expected = norm(inputs)
+    holder = torch.nn.Sequential(norm)
+    with _group_norms_channels_last((holder,)):
+        assert type(norm) is not torch.nn.GroupNorm
+        assert list(_regions(holder)) == [norm]
+        found = norm(
+            inputs.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else inputs
+        )
+    assert type(norm) is torch.nn.GroupNorm
+    assert found.dtype == dtype
+    assert torch.allclose(found, expected, atol=1e-5 if dtype is torch.float32 else 5e-3)
+    assert torch.equal(norm(inputs), expected)
