@@ -285,9 +285,7 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
 
 def engine(storage: BaseStorage) -> Engine:
     """The connections of an open storage, for tables of our own."""
-    inner = getattr(storage, "_backend", storage)  # Optuna wraps what it opens in a cache
-    assert isinstance(inner, RDBStorage)
-    return inner.engine
+    return _backend(storage).engine
 
 
 @contextmanager
@@ -389,25 +387,30 @@ def record(
     reused_from: int | None = None,
     resumes: int | None = None,
 ) -> None:
-    """Store what a running trial has found. Call it once, right before the trial ends.
+    """Store what a running trial has found, in one transaction. Call it right before it ends.
 
-    `violations` are Optuna's constraints, by metric; they are write-once, so they come last.
+    `violations` are Optuna's constraints, by metric.
+
+    Raises:
+        optuna.exceptions.UpdateFinishedTrialError: the trial was ended by another.
     """
-    trial.set_user_attr(_REASON, reason)
+    attributes: dict[str, Any] = {_REASON: reason, _OUTCOME: outcome.value}
     if seconds:
-        trial.set_user_attr(_SECONDS, {name: round(value, 3) for name, value in seconds.items()})
+        attributes[_SECONDS] = {name: round(value, 3) for name, value in seconds.items()}
     if reused_from is not None:
-        trial.set_user_attr(_REUSED, reused_from)
+        attributes[_REUSED] = reused_from
     if resumes is not None:
-        trial.set_user_attr(_RESUMES, resumes)
+        attributes[_RESUMES] = resumes
     if measurement is not None:
+        attributes[_MEASUREMENT] = measurement.to_dict()
+    _backend(trial.storage).write_trial(
+        trial._trial_id,
+        attributes,
+        # As `Trial.set_constraint` writes them, one transaction each.
+        {f"constraints:{metric}": float(value) for metric, value in (violations or {}).items()},
         # The same step for every trial: TPE ranks pruned ones by the last step reported.
-        trial.report(measurement.latency.speedup, step=0)
-        trial.set_user_attr(_MEASUREMENT, measurement.to_dict())
-    for metric, violation in (violations or {}).items():
-        trial.set_constraint(metric, violation)
-    # Last: it says that all the others are there.
-    trial.set_user_attr(_OUTCOME, outcome.value)
+        None if measurement is None else measurement.latency.speedup,
+    )
 
 
 def record_verification(
@@ -460,8 +463,8 @@ def complete_recorded(storage: BaseStorage, trial: FrozenTrial) -> bool:
 
 def give_up(storage: BaseStorage, trial: FrozenTrial, outcome: Outcome, reason: str) -> None:
     """End a running trial that nobody measures any more, because its worker is gone."""
-    for name, value in ((_REASON, reason), (_LOST, True), (_OUTCOME, outcome.value)):
-        storage.set_trial_user_attr(trial._trial_id, name, value)
+    attributes = {_REASON: reason, _LOST: True, _OUTCOME: outcome.value}
+    _backend(storage).write_trial(trial._trial_id, attributes, {}, None)
     storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
@@ -712,6 +715,12 @@ def _sqlite_file(parsed: URL) -> Path | None:
     if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
         return None
     return Path(parsed.database)
+
+
+def _backend(storage: BaseStorage) -> PatientStorage:
+    inner = getattr(storage, "_backend", storage)  # Optuna wraps what it opens in a cache
+    assert isinstance(inner, PatientStorage)
+    return inner
 
 
 def _opened(
