@@ -240,6 +240,7 @@ class _Search:
         self._deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
         self._repeated = False
         self._keys: dict[int, Setting] = {}
+        self._noise_of: tuple[int, float | None] | None = None
         progress.study_started(self._stored, environment)
 
     def run(self) -> Found:
@@ -430,9 +431,13 @@ class _Search:
         return None if interval is None else interval[0]
 
     def _noise(self) -> float | None:
-        return pair_noise(
-            one.measurement.latency for one in _measured(self._stored) if one.measurement
-        )
+        # Asked for several times a turn, and told by trials that have ended alone.
+        ended = sum(one.outcome is not Outcome.RUNNING for one in self._stored.trials)
+        if self._noise_of is None or self._noise_of[0] != ended:
+            measured = (one.measurement for one in _measured(self._stored))
+            noise = pair_noise(one.latency for one in measured if one is not None)
+            self._noise_of = (ended, noise)
+        return self._noise_of[1]
 
     def _turn(self) -> None:
         """Measure one setting."""

@@ -1,6 +1,7 @@
 """How many workers one PostgreSQL serves: the measurement is replaced by a wait of 10 s.
 
-Each worker is `accelsearch worker` in a process of its own, with everything it does but the
+The sampler is TPE: the guided search is made for some dozens of trials, not for thousands. Each
+worker is `accelsearch worker` in a process of its own, with everything it does but the
 pipeline: sampler, claims, trials, heartbeats. They work on one study that holds 2,000 trials.
 Efficiency is 10 s over the mean time from the beginning of one wait to that of the next, while all
 workers are at work; overhead is what that time is longer than 10 s.
@@ -43,6 +44,7 @@ methods = [["deepcache"]]
 budgets = [{ metric = "clip_score", max_loss = 0.01 }]
 [search]
 trials = 1000000
+sampler = "tpe"
 """
 
 
@@ -65,9 +67,7 @@ class Waiting:
     def starts(self, known: Iterable[Mapping[str, ParamValue]] = ()) -> list[dict[str, ParamValue]]:
         return starts(self.space, known)
 
-    def measure(
-        self, params: Mapping[str, ParamValue], *, incumbent: float | None = None
-    ) -> Result:
+    def measure(self, params: Mapping[str, ParamValue], **question: Any) -> Result:
         with self._log.open("a") as log:
             log.write(f"{os.getpid()} {time.time():.3f}\n")
         time.sleep(WAIT_S)
