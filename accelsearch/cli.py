@@ -149,7 +149,7 @@ def worker(
             database,
             this,
             artifacts=artifacts,
-            progress_on=lambda: progress_on(_stderr()),
+            progress_on=lambda: progress_on(_stderr(), this.identity.name),
             where=where,
             bench=make,
         )
