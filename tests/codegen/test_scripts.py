@@ -46,8 +46,12 @@ def subsets(*methods: str) -> list[tuple[str, ...]]:
     return [one for count in counts for one in itertools.combinations(methods, count)]
 
 
+# SDXL is the quicker one.
 CASES = [
-    *(("sd", subset) for subset in subsets(*EVERY)),
+    *(
+        pytest.param("sd", subset, marks=[] if subset in ((), EVERY) else pytest.mark.slow)
+        for subset in subsets(*EVERY)
+    ),
     *(("sdxl", subset) for subset in subsets(*EVERY)),
     *((kind, subset) for kind in ("pixart_alpha", "pixart_sigma") for subset in subsets("tgate")),
 ]
