@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import math
 import os
+import random
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -60,7 +61,7 @@ SHAPES = "shapes"  # the bundled model, its prompts and its scorer
 BUNDLED = Path(__file__).parent / "shapes" / "weights"
 """The bundled model: `pipeline` loads as a StableDiffusionPipeline, `clip` scores its images."""
 DTYPES = ("float32", "float16", "bfloat16")
-SAMPLERS = ("tpe", "random", "grid")
+SAMPLERS = ("guided", "tpe", "gp", "random", "grid")
 
 Value = int | float | bool | str
 
@@ -268,7 +269,7 @@ class SearchSettings(_Frozen):
 
     trials: int = Field(default=30, ge=1)
     timeout_s: float | None = Field(default=None, gt=0)  # None: no limit
-    sampler: Annotated[str, _known("sampler", lambda: SAMPLERS)] = "tpe"
+    sampler: Annotated[str, _known("sampler", lambda: SAMPLERS)] = "guided"
     seed: _Seed = 0
     # Of a setting whose worker was killed or hung; then it is failed.
     max_retries: int = Field(default=2, ge=0)
@@ -339,8 +340,8 @@ class Configuration(_Common):
     scheduler: _Scheduler
     steps: _Steps
     methods: _MethodSet  # sorted
-    prompts: tuple[_Name, ...] = Field(min_length=1)  # those of the search, in order
-    held_out_prompts: tuple[_Name, ...] = ()  # the rest of the list, which the search never sees
+    prompts: tuple[_Name, ...] = Field(min_length=1)  # those of the search, as listed
+    held_out_prompts: tuple[_Name, ...] = ()  # reserved for verification: the search sees none
     prompts_name: _Name
     height: _Pixels
     width: _Pixels
@@ -350,6 +351,16 @@ class Configuration(_Common):
     def images(self) -> int:
         """The number of prompts, and so of images, in the search."""
         return len(self.prompts)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The prompts' places in the list in the random order in which every setting is scored.
+
+        One order for all settings, drawn before anything is scored: the first n prompts are a
+        fair sample of all.
+        """
+        chance = random.Random(f"order {self.seed}")  # noqa: S311
+        return tuple(chance.sample(range(self.images), self.images))
 
     def context(self) -> dict[str, Any]:
         """The identity of what is measured, as plain JSON: equal contexts, comparable images."""
@@ -371,6 +382,7 @@ class Configuration(_Common):
             # Of the searched prompts alone: more lines at the end of a list change nothing.
             "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
             "images": self.images,
+            "order": "random",
             "scoring_model": self.scoring_model,
         }
 
@@ -434,6 +446,7 @@ class Plan(_Common):
     methods: Annotated[tuple[_MethodSet, ...], _Distinct] = Field(min_length=1)
     prompts: _Name = "photo"  # a built-in list or a text file
     images: int = Field(default=24, ge=1)  # the first prompts of the list are those of the search
+    held_out_images: int = Field(default=0, ge=0)  # the next ones verify its result; 0: it is not
     resolution: Annotated[tuple[int, int], BeforeValidator(_resolution)] = (512, 512)
 
     @model_validator(mode="before")
@@ -474,13 +487,19 @@ class Plan(_Common):
         """Every cell of the matrix: schedulers, in them steps, in them method sets, as listed.
 
         Raises:
-            PlanError: the prompts cannot be read, or are fewer than `images`.
+            PlanError: the prompts cannot be read, or are fewer than are asked for.
         """
         prompts = read_prompts(self.prompts)
         if self.images > len(prompts):
             raise PlanError(
                 f"images must be <= {len(prompts)}, the number of prompts in "
                 f"{self.prompts!r}, got {self.images}"
+            )
+        wanted = self.images + self.held_out_images
+        if wanted > len(prompts):
+            raise PlanError(
+                f"images + held_out_images must be <= {len(prompts)}, the number of prompts in "
+                f"{self.prompts!r}, got {self.images} + {self.held_out_images}"
             )
         common = {name: getattr(self, name) for name in _Common.model_fields if name != "space"}
         height, width = self.resolution
@@ -492,7 +511,7 @@ class Plan(_Common):
                 steps=steps,
                 methods=methods,
                 prompts=prompts[: self.images],
-                held_out_prompts=prompts[self.images :],
+                held_out_prompts=prompts[self.images : wanted],
                 prompts_name=Path(self.prompts).name,
                 weights=weights,
                 height=height,

@@ -19,9 +19,9 @@ from rich.text import Text
 from accelsearch.budget import loss_told
 from accelsearch.codegen import Batch, Status, Task
 from accelsearch.configuration import Configuration
-from accelsearch.measurement import Environment, ParamValue
+from accelsearch.measurement import Environment, ParamValue, score_loss
 from accelsearch.queries import fastest_feasible, outcomes
-from accelsearch.storage import Outcome, StoredStudy, StoredTrial
+from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 from accelsearch.study import Found, Progress
 
 __all__ = [
@@ -32,10 +32,12 @@ __all__ = [
     "progress_on",
     "settings",
     "speedup",
+    "targets_table",
     "told",
+    "verification_told",
 ]
 
-_PRUNED = (Outcome.OVER_BUDGET, Outcome.DOMINATED, Outcome.FAILED)
+_PRUNED = (Outcome.OVER_BUDGET, Outcome.DOMINATED, Outcome.TOO_SLOW, Outcome.FAILED)
 
 
 @contextmanager
@@ -64,6 +66,18 @@ def told(trial: StoredTrial) -> str:
     """One trial in one line."""
     speed = "" if trial.speedup is None else f"{trial.speedup:.2f}x{_warning(trial)}  "
     return f"{speed}{settings(trial.params)}: {trial.outcome.value} ({trial.reason})"
+
+
+def verification_told(study: StoredStudy, verification: Verification) -> str:
+    """What held-out prompts say of a trial: whether they verify it, and its loss on them."""
+    budgets = study.configuration.budgets
+    by_metric = {one.metric: one for one in verification.scores}
+    losses = ", ".join(
+        loss_told(score_loss(by_metric[one.metric], one.floor_db), one) for one in budgets
+    )
+    count = len(verification.scores[0].accelerated)
+    verdict = "verified" if verification.verified else "not verified"
+    return f"{verdict} on {count} held-out prompts ({losses})"
 
 
 def _ended(study: StoredStudy) -> list[StoredTrial]:
@@ -97,6 +111,9 @@ class PlainProgress:
             if trial.reused_from is None and trial.number not in self._told:
                 self._print(f"  trial {trial.number} (limit {limit})  {told(trial)}")
             self._told.add(trial.number)
+
+    def verified(self, study: StoredStudy, verification: Verification) -> None:
+        self._print(f"  trial {verification.trial}: {verification_told(study, verification)}")
 
     def warned(self, of: str) -> None:
         self._print(f"  warning: {of}")
@@ -145,6 +162,10 @@ class LiveProgress:
             self._trials_s.append(time.monotonic() - self._began)
             style = "green" if trial.outcome is Outcome.FEASIBLE else "dim"
             self._console.print(Text(f"  {told(trial)}", style))
+
+    def verified(self, study: StoredStudy, verification: Verification) -> None:
+        told = f"  trial {verification.trial}: {verification_told(study, verification)}"
+        self._console.print(Text(told, "green" if verification.verified else "yellow"))
 
     def warned(self, of: str) -> None:
         self._console.print(Text(f"  warning: {of}", "yellow"))
@@ -207,6 +228,27 @@ def bounds_table(found: Iterable[Found]) -> Table:
             "none" if best is None else f"{speedup(best)}\n{_lines(best.params)}",
             "" if best is None else _losses(best, study.configuration),
             _pruned(counted).replace(", ", "\n"),
+        )
+    return table
+
+
+def targets_table(found: Iterable[Found]) -> Table:
+    """The result of `target`: what answers each request, or why nothing does."""
+    table = Table(title="Targets", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.pad_edge = table.show_edge = False
+    for name in ("configuration", "asked for", "answer", "score loss"):
+        width = {"answer": 18}.get(name)
+        table.add_column(name, overflow="fold", min_width=width)
+    for one in found:
+        study, answer, best = one.study, one.answer, one.best
+        reached = "" if best is None else f"; the best is {best.speedup:.2f}x"
+        table.add_row(
+            escape(_name(study.configuration)),
+            f"{one.goal:g}x",
+            f"none: {escape(one.stopped)}{reached}"
+            if answer is None
+            else f"{speedup(answer)}\n{_lines(answer.params)}",
+            "" if answer is None else _losses(answer, study),
         )
     return table
 

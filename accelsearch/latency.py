@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from accelsearch.measurement import Latency
-from accelsearch.pipelines import call, generate
+from accelsearch.pipelines import call, pixels
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
     from accelsearch.configuration import Configuration
 
-__all__ = ["Timing", "dominated", "measure_latency"]
+__all__ = ["Calls", "Timing", "dominated", "measure_latency"]
+
+_HOPEFUL = 3.0  # how many times the noise a single pair must fall short of the speedup to beat
+_FEW = 2  # pairs, without which nothing is given up: one slow call is no reason
 
 
 class Timing(NamedTuple):
@@ -37,12 +41,33 @@ class Timing(NamedTuple):
     compile_s: float | None = None
 
 
+class Calls(Protocol):
+    """What the calls that are timed make, and who looks at it: timing and scoring share them.
+
+    `index` counts the accelerated calls from 0, warm-ups included; the baseline call beside one
+    has its index.
+    """
+
+    def inputs(self, index: int) -> tuple[Sequence[str], Sequence[int]]:
+        """The prompts and seeds of a call; as many for each."""
+
+    def made(self, index: int, images: torch.Tensor, *, accelerated: bool) -> None:
+        """Take the images of a call, as `pipelines.call` returns them."""
+
+    def over(self) -> bool:
+        """Whether the images taken so far rule the setting out; asked after each pair."""
+
+
 def measure_latency(
     pipeline: DiffusionPipeline,
     configuration: Configuration,
     accelerate: Callable[[], AbstractContextManager[None]],
     *,
     incumbent: float | None = None,
+    noise: float | None = None,
+    known: Latency | None = None,
+    calls: Calls | None = None,
+    warm: bool = False,
     compiles: bool = False,
     held_bytes: Callable[[], int] = lambda: 0,
     clock: Callable[[], float] = time.perf_counter,
@@ -50,70 +75,68 @@ def measure_latency(
     """Time pairs of one baseline and one accelerated call until the speedup is known well enough.
 
     Each kind is warmed up by `latency.warmup` full calls, since a cache or a gate may act late in
-    a call; at least once where the acceleration `compiles`. Then pairs follow, each in an order
-    drawn at random, until half the width of the 95 % interval is at most `latency.precision`
-    times the speedup; never fewer than `latency.min_pairs` nor more than `latency.max_pairs`. A
-    setting whose interval lies below `incumbent`, the speedup to beat, is known well enough too.
-    Every sample is kept. Timed is the pipeline call alone, from an idle device to an idle device:
-    entering and leaving `accelerate()` is not.
+    a call; at least once where the acceleration `compiles`, and the baseline not where it is
+    `warm`. Then pairs follow, each in an order drawn at random, until half the width of the 95 %
+    interval is at most `latency.precision` times the speedup; never fewer than `latency.min_pairs`
+    nor more than `latency.max_pairs`. A setting that is `dominated` by `incumbent`, the speedup to
+    beat, is known well enough too, and so is one that its `calls` rule out. Every sample is kept,
+    and those of an earlier measurement, `known`, count. Timed is the pipeline call alone, from an
+    idle device to an idle device: entering and leaving `accelerate()` is not.
 
-    `held_bytes` tells what the acceleration holds on the GPU while it is not applied, and `clock`
-    gives seconds.
+    `noise` is the standard deviation of one pair's log ratio in this study, `held_bytes` tells
+    what the acceleration holds on the GPU while it is not applied, and `clock` gives seconds.
 
     Raises:
-        TrialError: a warm-up image of either kind holds NaN, or is black.
+        TrialError: an image of either kind holds NaN, or is black.
         UnsupportedError: what `accelerate()` raises.
     """
     settings = configuration.latency
-    prompts = [
-        configuration.prompts[index % len(configuration.prompts)]
-        for index in range(configuration.batch_size)
-    ]
-    seeds = [configuration.seed + index for index in range(configuration.batch_size)]
+    calls = calls or _Repeated(configuration)
     device = pipeline.device
     memory = _Memory(pipeline, held_bytes)
-    first_s: float | None = None
 
-    def kind(accelerated: bool) -> AbstractContextManager[None]:
-        return accelerate() if accelerated else nullcontext()
-
-    def timed(accelerated: bool) -> float:
-        with memory.watched(accelerated), kind(accelerated), _no_gc():
+    def timed(accelerated: bool, index: int) -> tuple[float, torch.Tensor]:
+        prompts, seeds = calls.inputs(index)
+        kind = accelerate() if accelerated else nullcontext()
+        with memory.watched(accelerated), kind, _no_gc():
             _synchronize(device)
             start = clock()
-            call(pipeline, configuration, prompts, seeds)
+            images = call(pipeline, configuration, prompts, seeds)
             _synchronize(device)
-            return clock() - start
+            return clock() - start, images
 
-    for accelerated in (False, True):
-        for _ in range(max(settings.warmup, compiles and accelerated)):
-            with memory.watched(accelerated), kind(accelerated):
-                start = clock()
-                generate(pipeline, configuration, prompts, seeds)
-                took_s = clock() - start
-            if accelerated and first_s is None:
-                first_s = took_s
+    for _ in range(0 if warm else settings.warmup):
+        calls.made(0, timed(False, 0)[1], accelerated=False)
+    first_s: float | None = None
+    index = 0
+    for _ in range(max(settings.warmup, compiles)):
+        took_s, images = timed(True, index)
+        first_s = took_s if first_s is None else first_s
+        calls.made(index, images, accelerated=True)
+        index += 1
 
     # A fixed order would give the second call of each pair the warmer caches, a fixed alternation
     # would beat with anything periodic; a fair coin may favour one kind in the first few pairs. So
     # a coin is tossed for every other pair, and the next one takes the opposite order.
     coin = np.random.default_rng(configuration.seed)
     baseline_first = False
-    baseline_s: list[float] = []
-    accelerated_s: list[float] = []
+    baseline_s = list(known.baseline_s) if known else []
+    accelerated_s = list(known.accelerated_s) if known else []
     while True:
         baseline_first = not baseline_first if len(baseline_s) % 2 else coin.random() < 0.5
-        if baseline_first:
-            baseline_s.append(timed(False))
-            accelerated_s.append(timed(True))
-        else:
-            accelerated_s.append(timed(True))
-            baseline_s.append(timed(False))
+        found = {kind: timed(kind, index) for kind in (not baseline_first, baseline_first)}
+        for accelerated in (False, True):
+            took_s, images = found[accelerated]
+            (accelerated_s if accelerated else baseline_s).append(took_s)
+            calls.made(index, images, accelerated=accelerated)
+        index += 1
         latency = Latency(tuple(baseline_s), tuple(accelerated_s))
         pairs = len(baseline_s)
-        if pairs >= settings.max_pairs or (
-            pairs >= settings.min_pairs
-            and (_precise(latency, settings.precision) or dominated(latency, incumbent))
+        if (
+            pairs >= settings.max_pairs
+            or dominated(latency, incumbent, noise)
+            or (pairs >= settings.min_pairs and latency.is_precise(settings.precision))
+            or (_comparable(latency, incumbent, noise) and calls.over())
         ):
             return Timing(
                 latency,
@@ -123,18 +146,47 @@ def measure_latency(
             )
 
 
-def dominated(latency: Latency, incumbent: float | None) -> bool:
-    """Whether even the upper end of the 95 % interval falls short of the speedup to beat.
+def dominated(latency: Latency, incumbent: float | None, noise: float | None = None) -> bool:
+    """Whether the speedup to beat is out of reach, beyond the noise.
 
-    Never with fewer pairs than an interval takes: one slow call is no reason to give up.
+    Even the upper end of the 95 % interval falls short of it; where there are too few pairs for an
+    interval, two or more, none of which comes within three times the `noise` of it.
     """
+    if incumbent is None:
+        return False
     interval = latency.interval()
-    return incumbent is not None and interval is not None and interval[1] < incumbent
+    if interval is not None:
+        return interval[1] < incumbent
+    best = math.log(latency.best_pair) + _HOPEFUL * (noise or math.inf)
+    return len(latency.baseline_s) >= _FEW and best < math.log(incumbent)
 
 
-def _precise(latency: Latency, precision: float) -> bool:
-    interval = latency.interval()
-    return interval is not None and (interval[1] - interval[0]) / 2 <= precision * latency.speedup
+def _comparable(latency: Latency, incumbent: float | None, noise: float | None) -> bool:
+    """Whether `dominated` could tell by now; until then no image is worth scoring."""
+    enough = _FEW if noise else 6
+    return incumbent is None or len(latency.baseline_s) >= enough
+
+
+class _Repeated:
+    """Calls that all make the same images, which are of no interest unless they are unusable."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        prompts = configuration.prompts
+        rows = range(configuration.batch_size)
+        self._inputs = (
+            [prompts[row % len(prompts)] for row in rows],
+            [configuration.seed + row for row in rows],
+        )
+
+    def inputs(self, index: int) -> tuple[Sequence[str], Sequence[int]]:
+        return self._inputs
+
+    def made(self, index: int, images: torch.Tensor, *, accelerated: bool) -> None:
+        if index == 0:
+            pixels(images)
+
+    def over(self) -> bool:
+        return False
 
 
 class _Memory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -26,8 +26,11 @@ __all__ = [
     "Latency",
     "Measurement",
     "Scores",
+    "pair_noise",
     "score_loss",
     "score_losses",
+    "scores_from",
+    "scores_to",
 ]
 
 METRICS = ("clip_score", "psnr", "ssim")
@@ -132,6 +135,16 @@ class Latency:
         interval = self.interval()
         return interval is not None and interval[1] < 1
 
+    def is_precise(self, precision: float) -> bool:
+        """Whether half the width of the 95 % interval is at most `precision` times the speedup."""
+        interval = self.interval()
+        return interval is not None and interval[1] - interval[0] <= 2 * precision * self.speedup
+
+    @property
+    def best_pair(self) -> float:
+        """The largest speedup of a single pair."""
+        return max(b / a for b, a in zip(self.baseline_s, self.accelerated_s, strict=True))
+
     @property
     def baseline_median_s(self) -> float:
         return float(np.median(self.baseline_s))
@@ -185,6 +198,24 @@ class Scores:
                 raise ValueError(f"a score must be finite, got {score!r}")
 
 
+def pair_noise(latencies: Iterable[Latency]) -> float | None:
+    """The standard deviation of one pair's log ratio within a setting, rather too large than small.
+
+    Pooled over the settings: the upper end of its one-sided 90 % interval for normal noise. None
+    where there are fewer than 5 degrees of freedom, as in one setting of 6 pairs.
+    """
+    from scipy.special import gammaincinv
+
+    squares, freedom = 0.0, 0
+    for latency in latencies:
+        ratios = np.log(latency.baseline_s) - np.log(latency.accelerated_s)
+        squares += float(np.square(ratios - ratios.mean()).sum())
+        freedom += len(ratios) - 1
+    if freedom < 5:
+        return None
+    return math.sqrt(squares / (2 * float(gammaincinv(freedom / 2, 0.1))))  # a chi-squared quantile
+
+
 def score_losses(scores: Scores, floor_db: float | None = None) -> NDArray[np.float64]:
     """The part of each prompt in the score loss, float64 [prompts]; their mean is the loss.
 
@@ -214,6 +245,35 @@ def score_losses(scores: Scores, floor_db: float | None = None) -> NDArray[np.fl
 def score_loss(scores: Scores, floor_db: float | None = None) -> float:
     """The score loss over all prompts: the mean of `score_losses`, which see."""
     return float(score_losses(scores, floor_db).mean())
+
+
+def scores_to(scores: Iterable[Scores]) -> list[dict[str, Any]]:
+    """Scores as plain JSON."""
+    return [
+        {
+            "metric": one.metric,
+            "baseline": None if one.baseline is None else list(one.baseline),
+            "accelerated": list(one.accelerated),
+        }
+        for one in scores
+    ]
+
+
+def scores_from(data: Iterable[Mapping[str, Any]]) -> tuple[Scores, ...]:
+    """The scores that `scores_to` wrote.
+
+    Raises:
+        StorageError: a field is missing or has a wrong value.
+    """
+    with _reading("score"):
+        return tuple(
+            Scores(
+                _typed(one, "metric", str),
+                None if one["baseline"] is None else _floats(one, "baseline"),
+                _floats(one, "accelerated"),
+            )
+            for one in data
+        )
 
 
 @dataclass(frozen=True)
@@ -251,14 +311,7 @@ class Measurement:
                 "baseline_s": list(self.latency.baseline_s),
                 "accelerated_s": list(self.latency.accelerated_s),
             },
-            "scores": [
-                {
-                    "metric": scores.metric,
-                    "baseline": None if scores.baseline is None else list(scores.baseline),
-                    "accelerated": list(scores.accelerated),
-                }
-                for scores in self.scores
-            ],
+            "scores": scores_to(self.scores),
             "peak_memory_bytes": self.peak_memory_bytes,
             "baseline_peak_memory_bytes": self.baseline_peak_memory_bytes,
             "implementation": dict(self.implementation),
@@ -277,14 +330,7 @@ class Measurement:
             return cls(
                 params=dict(_typed(data, "params", dict)),
                 latency=Latency(_floats(latency, "baseline_s"), _floats(latency, "accelerated_s")),
-                scores=tuple(
-                    Scores(
-                        _typed(scores, "metric", str),
-                        None if scores["baseline"] is None else _floats(scores, "baseline"),
-                        _floats(scores, "accelerated"),
-                    )
-                    for scores in _typed(data, "scores", list)
-                ),
+                scores=scores_from(_typed(data, "scores", list)),
                 peak_memory_bytes=_typed(data, "peak_memory_bytes", int, type(None)),
                 baseline_peak_memory_bytes=_typed(
                     data, "baseline_peak_memory_bytes", int, type(None)

@@ -1,30 +1,33 @@
 """One trial: from acceleration parameters to a measurement and what it means for the budgets.
 
-The order is that of what is cheap: time the setting first; a setting that is slower than a known
-feasible one is given up before a single image of it is scored; then score against the baseline
-images of the same prompts and seeds.
+Timing and scoring share their calls. Each accelerated call that is timed makes the images of the
+next prompts, in the one random order of all prompts; each baseline call beside it those images'
+counterparts. A trial ends as soon as its answer is known: the setting is slower than a known
+feasible one (then what is left to score does not matter), or its images certainly lose too much,
+or both its speedup and its losses are known well enough.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from accelsearch import methods, pipelines
-from accelsearch.budget import Verdict, decide, loss_told, violation
+from accelsearch.budget import Judgement, Verdict, loss_told, violation
 from accelsearch.configuration import Budget, Configuration, Range
 from accelsearch.errors import BaselineError, ModelError, PlanError, TrialError
-from accelsearch.latency import dominated, measure_latency
+from accelsearch.judging import judge
+from accelsearch.latency import Timing, dominated, measure_latency
 from accelsearch.measurement import (
     Environment,
+    Latency,
     Measurement,
     ParamValue,
     Scores,
     score_loss,
-    score_losses,
 )
 from accelsearch.methods import METHODS, Parameter, applied
 from accelsearch.methods.compile import backend
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bench", "Result", "check_models", "environment_of"]
 
+_PICTURED = 8  # images kept of a trial
 _BESIDE = ("psnr", "ssim")  # recorded whatever the budget: CLIP scores alone are nearly blind
 
 
@@ -43,8 +47,9 @@ _BESIDE = ("psnr", "ssim")  # recorded whatever the budget: CLIP scores alone ar
 class Result:
     """What one setting turned out to be.
 
-    `losses` and `violations` are by the metrics of the budgets, empty where nothing was scored.
-    `images` are the accelerated images of the first prompts, uint8 [N, 3, H, W].
+    `losses` and `violations` are by the metrics of the budgets, empty where too little was scored.
+    `images` are the accelerated images of the first prompts in the order of scoring, uint8
+    [N, 3, H, W]; None where the setting is no answer, or they were made before.
     """
 
     outcome: Outcome
@@ -58,11 +63,11 @@ class Result:
 
 @dataclass
 class _Batch:
-    """The baseline of one batch of prompts."""
+    """The baseline of one batch of prompts; `images` are uint8 [B, 3, H, W] on the CPU."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    images: torch.Tensor
+    images: torch.Tensor | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)  # of metrics beside the prompt
 
 
@@ -112,7 +117,9 @@ class Bench:
         for method in configuration.methods:
             METHODS[method].check(self.pipeline, self._run)
         self._metrics: dict[str, Metric] | None = None
-        self._baseline: list[_Batch] = []
+        order, size = configuration.order, configuration.batch_size
+        self._batches = [order[start : start + size] for start in range(0, len(order), size)]
+        self._baseline: dict[int, _Batch] = {}
 
     @property
     def space(self) -> tuple[Parameter, ...]:
@@ -139,46 +146,48 @@ class Bench:
         params: Mapping[str, ParamValue],
         *,
         incumbent: float | None = None,
+        goal: float | None = None,
+        noise: float | None = None,
+        known: Measurement | None = None,
         score: bool = True,
     ) -> Result:
         """Measure one setting: `params` flat, in full.
 
         `incumbent` is what the best feasible trial reaches at least (the lower end of its
-        interval): a setting whose 95 % interval lies below that is dominated and not scored. With
-        `score` off, only latency is measured.
+        interval), and `goal` a speedup that is asked for: a setting that falls short of one of
+        them is not scored any further. `noise` is that of one pair in this study, which tells so
+        sooner. `known` is what an earlier trial has measured of this setting: it is gone on with,
+        and nothing of it measured again. With `score` off, only latency is measured.
 
         Raises:
             BaselineError: the unaccelerated pipeline makes no usable images.
             TrialError: this setting cannot be measured.
         """
-        active = [METHODS[name] for name in methods.active(self.space, params)]
         seconds = _Stopwatch()
-        with seconds("baseline"):
-            self._baseline_batch(0)
-        with seconds("latency"), _faults():
-            self._say("timing")
-            timing = measure_latency(
-                self.pipeline,
-                self.configuration,
-                lambda: self._accelerated(params),
-                incumbent=incumbent,
-                compiles=any(method.compiles for method in active),
-                held_bytes=lambda: sum(method.held_bytes(self.pipeline) for method in active),
-            )
-        scores: tuple[Scores, ...] = ()
-        losses: dict[str, float] = {}
-        images: torch.Tensor | None = None
-        if dominated(timing.latency, incumbent):
-            outcome = Outcome.DOMINATED
-            reason = f"a feasible trial has {incumbent:.2f}x or more"
-        elif not score:
+        beat = max((one for one in (incumbent, goal) if one is not None), default=None)
+        scoring = _Scoring(self, params, known.scores if known else (), seconds, score=score)
+        timing = self._timed(params, beat, noise, known, scoring, seconds)
+        too_slow = dominated(timing.latency, beat, noise)
+        if score and not too_slow:
+            scoring.finish()
+        scores, judgement = scoring.scores, scoring.judgement
+        losses = {} if judgement is None else self._losses(scores)
+        budgets = {budget.metric: budget for budget in self.configuration.budgets}
+        violations = {name: violation(loss, budgets[name]) for name, loss in losses.items()}
+        if judgement is not None and judgement.verdict is Verdict.OVER:
+            outcome, reason = Outcome.OVER_BUDGET, self._told(losses, scores)
+        elif too_slow and beat == goal:
+            outcome, reason = Outcome.TOO_SLOW, f"{goal:.2f}x is asked for"
+        elif too_slow:
+            outcome, reason = Outcome.DOMINATED, f"a feasible trial has {incumbent:.2f}x or more"
+        elif judgement is None:
             outcome, reason = Outcome.UNSCORED, "only its latency was asked for"
         else:
-            scores, images, verdict = self._score(params, seconds)
-            losses = self._losses(scores)
-            outcome = Outcome.FEASIBLE if verdict is Verdict.WITHIN else Outcome.OVER_BUDGET
-            reason = self._told(losses)
-        budgets = {budget.metric: budget for budget in self.configuration.budgets}
+            outcome, reason = Outcome.FEASIBLE, self._told(losses, scores)
+            if not judgement.proven:
+                reason += ", unproven"
+        if outcome not in (Outcome.FEASIBLE, Outcome.OVER_BUDGET):
+            violations = {}  # they would be constraints on what nobody has settled
         return Result(
             outcome=outcome,
             reason=reason,
@@ -194,100 +203,306 @@ class Bench:
                 compile_s=timing.compile_s,
             ),
             losses=losses,
-            violations={name: violation(loss, budgets[name]) for name, loss in losses.items()},
+            violations=violations,
             seconds=seconds.spent,
-            images=images,
+            images=scoring.pictured() if outcome is Outcome.FEASIBLE else None,
+        )
+
+    def _timed(
+        self,
+        params: Mapping[str, ParamValue],
+        beat: float | None,
+        noise: float | None,
+        known: Measurement | None,
+        scoring: _Scoring,
+        seconds: _Stopwatch,
+    ) -> Timing:
+        """What is known of the latency already, if that is enough, else measured further."""
+        if known is not None and self._known_well_enough(known.latency, beat, noise):
+            return Timing(
+                known.latency,
+                known.peak_memory_bytes,
+                known.baseline_peak_memory_bytes,
+                known.compile_s,
+            )
+        active = [METHODS[name] for name in methods.active(self.space, params)]
+        is_cold = not self._baseline
+        self._baseline_batch(scoring.batch_of(0), seconds)  # warms up
+        self._say("timing")
+        spent_s = sum(seconds.spent.values())
+        with seconds("latency"), _faults():
+            timing = measure_latency(
+                self.pipeline,
+                self.configuration,
+                lambda: self._accelerated(params),
+                incumbent=beat,
+                noise=noise,
+                known=None if known is None else known.latency,
+                calls=scoring,
+                warm=not (is_cold and self.configuration.latency.warmup > 1),
+                compiles=any(method.compiles for method in active),
+                held_bytes=lambda: sum(method.held_bytes(self.pipeline) for method in active),
+            )
+        others = {name: took_s for name, took_s in seconds.spent.items() if name != "latency"}
+        seconds.spent["latency"] -= sum(others.values()) - spent_s
+        return timing
+
+    def _known_well_enough(self, latency: Latency, beat: float | None, noise: float | None) -> bool:
+        settings = self.configuration.latency
+        return dominated(latency, beat, noise) or (
+            len(latency.baseline_s) >= settings.min_pairs
+            and (
+                latency.is_precise(settings.precision)
+                or len(latency.baseline_s) >= settings.max_pairs
+            )
         )
 
     def baseline_images(self, count: int) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """The baseline images of the first `count` prompts, uint8 [N, 3, H, W], and the prompts."""
+        """The baseline images of the first `count` prompts in the order of scoring, and these.
+
+        The images are uint8 [N, 3, H, W].
+        """
         import torch
 
-        size = self.configuration.batch_size
-        batches = [self._baseline_batch(index) for index in range(-(-count // size))]
-        images = torch.cat([batch.images for batch in batches])[:count]
-        return images, self.configuration.prompts[:count]
+        batches = [self._baseline_batch(index) for index in range(-(-count // self._size))]
+        images = torch.cat([one.images for one in batches if one.images is not None])[:count]
+        prompts = [prompt for batch in batches for prompt in batch.prompts]
+        return images, tuple(prompts[:count])
 
-    def _score(
-        self, params: Mapping[str, ParamValue], seconds: _Stopwatch
-    ) -> tuple[tuple[Scores, ...], torch.Tensor, Verdict]:
-        """Score all prompts, batch after batch."""
-        import torch
+    def held_out_scores(self, params: Mapping[str, ParamValue]) -> tuple[Scores, ...]:
+        """The scores of the held-out prompts, which follow the search's in the plan's list.
 
-        with _out_of_memory():
-            metrics = self._load_metrics()
-        size = self.configuration.batch_size
-        count = -(-self.configuration.images // size)
-        baseline: dict[str, list[float]] = {name: [] for name in metrics}
-        accelerated: dict[str, list[float]] = {name: [] for name in metrics}
-        made: list[torch.Tensor] = []
-        for index in range(count):
-            with seconds("baseline"):
-                batch = self._baseline_batch(index)
-            self._say(f"scoring {index * size}/{self.configuration.images}")
-            with seconds("images"), _faults(), self._accelerated(params):
+        Each prompt has a seed of its own, that no image of the search had.
+
+        Raises:
+            BaselineError: the unaccelerated pipeline makes no usable images.
+            TrialError: this setting cannot be measured.
+        """
+        configuration, found = self.configuration, _Collected(self._load_metrics())
+        prompts = configuration.held_out_prompts
+        for start in range(0, len(prompts), self._size):
+            rows = range(start, min(start + self._size, len(prompts)))
+            self._say(f"verifying {start}/{len(prompts)}")
+            key = -1 - start  # beside the batches of the search
+            if key not in self._baseline:
+                first = configuration.images + configuration.seed
+                seeds = tuple((first + row) % 2**32 for row in rows)
+                batch = _Batch(tuple(prompts[row] for row in rows), seeds)
+                batch.images = self._made_baseline(batch)
+                self._baseline[key] = batch
+            batch = self._baseline[key]
+            with _faults(), self._accelerated(params):
                 images = pipelines.generate(
-                    self.pipeline, self.configuration, batch.prompts, batch.seeds
+                    self.pipeline, configuration, batch.prompts, batch.seeds
                 )
-            made.append(images)
-            with seconds("scores"), _out_of_memory():
-                for name, metric in metrics.items():
-                    accelerated[name] += metric.score(images, batch.prompts, batch.images)
-                    if metric.compares == "prompt":
-                        if name not in batch.scores:
-                            batch.scores[name] = metric.score(batch.images, batch.prompts, None)
-                        baseline[name] += batch.scores[name]
-            scores = tuple(
-                Scores(
-                    name,
-                    tuple(baseline[name]) if metric.compares == "prompt" else None,
-                    tuple(accelerated[name]),
-                )
-                for name, metric in metrics.items()
-            )
-        by_metric = {one.metric: one for one in scores}
-        losses = [
-            (score_losses(by_metric[budget.metric], budget.floor_db), budget)
-            for budget in self.configuration.budgets
-        ]
-        judgement = decide(losses, self.configuration.images)
-        return scores, torch.cat(made), judgement.verdict
+            with _out_of_memory():
+                found.add(images, batch)
+        return found.scores
 
     def _accelerated(self, params: Mapping[str, ParamValue]) -> AbstractContextManager[None]:
         return applied(self.pipeline, params, self.configuration.methods, self._run)
 
+    @property
+    def _size(self) -> int:
+        return self.configuration.batch_size
+
     def _losses(self, scores: tuple[Scores, ...]) -> dict[str, float]:
         return {budget.metric: _loss(scores, budget) for budget in self.configuration.budgets}
 
-    def _told(self, losses: Mapping[str, float]) -> str:
-        """The losses beside their budgets, in each metric's unit."""
-        return ", ".join(
+    def _told(self, losses: Mapping[str, float], scores: tuple[Scores, ...]) -> str:
+        """The losses beside their budgets, in each metric's unit, and of how many images."""
+        told = ", ".join(
             loss_told(losses[budget.metric], budget) for budget in self.configuration.budgets
         )
+        seen, count = len(scores[0].accelerated), self.configuration.images
+        return told if seen == count else f"{told}, {seen} of {count} images"
 
-    def _baseline_batch(self, index: int) -> _Batch:
-        """The baseline of batch `index`, made on its first use; batches are asked for in order."""
-        if index == len(self._baseline):
-            size = self.configuration.batch_size
-            rows = range(index * size, min((index + 1) * size, self.configuration.images))
-            prompts = tuple(self.configuration.prompts[row] for row in rows)
-            seeds = tuple((self.configuration.seed + row) % 2**32 for row in rows)
-            self._say(f"baseline {rows.stop}/{self.configuration.images}")
-            try:
-                with _faults():
-                    images = pipelines.generate(self.pipeline, self.configuration, prompts, seeds)
-            except TrialError as error:
-                raise BaselineError(f"the baseline cannot be measured: {error}") from error
-            self._baseline.append(_Batch(prompts, seeds, images))
+    def _batch(self, index: int) -> _Batch:
+        """The prompts and seeds of batch `index` in the order of scoring."""
+        rows = self._batches[index]
+        return _Batch(
+            tuple(self.configuration.prompts[row] for row in rows),
+            tuple((self.configuration.seed + row) % 2**32 for row in rows),
+        )
+
+    def _baseline_batch(self, index: int, seconds: _Stopwatch | None = None) -> _Batch:
+        """The baseline of batch `index`, made where no call has made it yet."""
+        if index not in self._baseline:
+            batch = self._batch(index)
+            done = sum(len(one.prompts) for key, one in self._baseline.items() if key >= 0)
+            self._say(f"baseline {done + len(batch.prompts)}/{self.configuration.images}")
+            with (seconds or _Stopwatch())("baseline"):
+                batch.images = self._made_baseline(batch)
+            self._baseline[index] = batch
         return self._baseline[index]
+
+    def _made_baseline(self, batch: _Batch) -> torch.Tensor:
+        with _baseline_faults(), _faults():
+            return pipelines.generate(self.pipeline, self.configuration, batch.prompts, batch.seeds)
+
+    @property
+    def _metric_names(self) -> list[str]:
+        names = [budget.metric for budget in self.configuration.budgets]
+        return names + [name for name in _BESIDE if name not in names]
 
     def _load_metrics(self) -> dict[str, Metric]:
         if self._metrics is None:
             self._say("loading the scorers")
-            names = [budget.metric for budget in self.configuration.budgets]
-            names += [name for name in _BESIDE if name not in names]
-            self._metrics = load_metrics(self.configuration, names)
+            self._metrics = load_metrics(self.configuration, self._metric_names)
         return self._metrics
+
+
+class _Collected:
+    """Scores of one batch of images after the other."""
+
+    def __init__(self, metrics: Mapping[str, Metric], known: Iterable[Scores] = ()) -> None:
+        self._metrics = metrics
+        self._accelerated = {name: list[float]() for name in metrics}
+        self._baseline = {name: list[float]() for name in metrics}
+        for one in known:
+            if one.metric in metrics:
+                self._accelerated[one.metric] += one.accelerated
+                self._baseline[one.metric] += one.baseline or ()
+
+    def add(self, images: torch.Tensor, batch: _Batch) -> None:
+        """Score images, uint8 [B, 3, H, W], beside their prompts and their baseline images."""
+        for name, metric in self._metrics.items():
+            self._accelerated[name] += metric.score(images, batch.prompts, batch.images)
+            if metric.compares == "prompt":
+                if name not in batch.scores:
+                    assert batch.images is not None
+                    batch.scores[name] = metric.score(batch.images, batch.prompts, None)
+                self._baseline[name] += batch.scores[name]
+
+    @property
+    def scores(self) -> tuple[Scores, ...]:
+        return tuple(
+            Scores(
+                name,
+                tuple(self._baseline[name]) if metric.compares == "prompt" else None,
+                tuple(self._accelerated[name]),
+            )
+            for name, metric in self._metrics.items()
+            if self._accelerated[name]
+        )
+
+
+class _Scoring:
+    """The images of one setting's calls, scored in the order of the prompts until they decide.
+
+    What earlier trials have scored of the setting, `known`, is the beginning.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        params: Mapping[str, ParamValue],
+        known: tuple[Scores, ...],
+        seconds: _Stopwatch,
+        *,
+        score: bool,
+    ) -> None:
+        self._bench = bench
+        self._params = params
+        if not set(bench._metric_names) <= {one.metric for one in known}:
+            known = ()  # scored for other budgets, by other metrics
+        self._known = known
+        self._seconds = seconds
+        self._score = score
+        self._collected: _Collected | None = None
+        seen = len(known[0].accelerated) if known else 0
+        self._first = self._next = -(-seen // bench._size)  # the batch to be scored next
+        # Of the whole batches alone: a smaller one takes less time.
+        self._whole = max(bench.configuration.images // bench._size, 1)
+        self._made: dict[int, torch.Tensor] = {}  # by batch, not scored yet
+        self._pictures: list[torch.Tensor] = []
+
+    def batch_of(self, index: int) -> int:
+        """The batch that call `index` makes: the next ones, and then from the start again."""
+        return (self._first + index) % self._whole
+
+    def inputs(self, index: int) -> tuple[Sequence[str], Sequence[int]]:
+        batch = self._bench._batch(self.batch_of(index))
+        return batch.prompts, batch.seeds
+
+    def made(self, index: int, images: torch.Tensor, *, accelerated: bool) -> None:
+        number = self.batch_of(index)
+        if accelerated:
+            found = pipelines.pixels(images)
+            # The calls go on from the first batch to the last whole one; what follows is known.
+            if number >= self._next and self._first + index < self._whole:
+                self._made[number] = found
+        elif number not in self._bench._baseline:
+            with _baseline_faults():
+                batch = self._bench._batch(number)
+                batch.images = pipelines.pixels(images)
+                self._bench._baseline[number] = batch
+
+    def over(self) -> bool:
+        if self._score:
+            while self._next in self._made and not self._is_decided:
+                self._take(self._made.pop(self._next))
+        return self.judgement is not None and self.judgement.verdict is Verdict.OVER
+
+    def finish(self) -> None:
+        """Score what has been made, and make and score more, until the budgets are decided."""
+        bench = self._bench
+        while not self._is_decided:
+            images = self._made.pop(self._next, None)
+            if images is None:
+                batch = bench._baseline_batch(self._next, self._seconds)
+                done = self._next * bench._size
+                bench._say(f"scoring {done}/{bench.configuration.images}")
+                with self._seconds("images"), _faults(), bench._accelerated(self._params):
+                    images = pipelines.generate(
+                        bench.pipeline, bench.configuration, batch.prompts, batch.seeds
+                    )
+            self._take(images)
+
+    @property
+    def scores(self) -> tuple[Scores, ...]:
+        return self._known if self._collected is None else self._collected.scores
+
+    @property
+    def judgement(self) -> Judgement | None:
+        configuration = self._bench.configuration
+        if not self._score or not self.scores:
+            return None
+        return judge(self.scores, configuration.budgets, configuration.images)
+
+    def pictured(self) -> torch.Tensor | None:
+        """The first images, if this trial has made them."""
+        import torch
+
+        if self._first or not self._pictures:
+            return None
+        return torch.cat(self._pictures)[:_PICTURED]
+
+    @property
+    def _is_decided(self) -> bool:
+        judgement = self.judgement
+        return judgement is not None and judgement.verdict is not Verdict.UNDECIDED
+
+    def _take(self, images: torch.Tensor) -> None:
+        bench = self._bench
+        with self._seconds("scores"), _out_of_memory():
+            if self._collected is None:
+                self._collected = _Collected(bench._load_metrics(), self._known)
+        batch = bench._baseline_batch(self._next, self._seconds)
+        with self._seconds("scores"), _out_of_memory():
+            self._collected.add(images, batch)
+        if sum(map(len, self._pictures)) < _PICTURED:
+            self._pictures.append(images)
+        self._next += 1
+
+
+@contextmanager
+def _baseline_faults() -> Iterator[None]:
+    """Turn a fault of the baseline's into an error that is no setting's."""
+    try:
+        yield
+    except TrialError as error:
+        raise BaselineError(f"the baseline cannot be measured: {error}") from error
 
 
 def _loss(scores: tuple[Scores, ...], budget: Budget) -> float:

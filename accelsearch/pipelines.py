@@ -38,6 +38,7 @@ __all__ = [
     "detect_environment",
     "generate",
     "load",
+    "pixels",
     "quiet",
     "reason",
     "resolve_device",
@@ -180,16 +181,25 @@ def generate(
     Raises:
         TrialError: an image holds NaN, or is black.
     """
+    return pixels(call(pipeline, configuration, prompts, seeds))
+
+
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    """What `call` returns as uint8 [B, 3, H, W] on the CPU.
+
+    Raises:
+        TrialError: an image holds NaN, or is black.
+    """
     import torch
 
-    images = call(pipeline, configuration, prompts, seeds).float()
+    images = images.float()
     # Before the conversion to uint8, which turns NaN into any colour.
     if not bool(images.isfinite().all()):
         raise TrialError("images contain NaN")
-    pixels = (images * 255).round().to(device="cpu", dtype=torch.uint8)
-    if bool((pixels.amax(dim=(1, 2, 3)) == 0).any()):
+    found = (images * 255).round().to(device="cpu", dtype=torch.uint8)
+    if bool((found.amax(dim=(1, 2, 3)) == 0).any()):
         raise TrialError("images are black")
-    return pixels
+    return found
 
 
 def run_of(configuration: Configuration) -> Run:

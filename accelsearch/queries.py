@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from accelsearch.contract import meets
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
 __all__ = [
+    "CHOICES",
     "exhausted",
     "fastest_feasible",
     "feasible_trials",
+    "is_refuted",
     "outcomes",
     "pareto_front",
     "targeted",
@@ -18,11 +19,21 @@ __all__ = [
 
 
 def feasible_trials(study: StoredStudy) -> list[StoredTrial]:
-    """The trials that keep all budgets, each setting once, in the order they were measured."""
-    budgets = study.configuration.budgets
+    """The trials that keep all budgets, each setting once, in the order they were measured.
+
+    Not those that prompts which the search never saw did not confirm.
+    """
     return [
-        trial for trial in study.trials if trial.reused_from is None and trial.feasible(budgets)
+        trial
+        for trial in study.current
+        if trial.feasible(study.configuration) and not is_refuted(study, trial)
     ]
+
+
+def is_refuted(study: StoredStudy, trial: StoredTrial) -> bool:
+    """Whether a trial was tried on held-out prompts, and they did not verify it."""
+    verification = study.verifications.get(trial.number)
+    return verification is not None and not verification.verified
 
 
 def exhausted(study: StoredStudy) -> bool:
@@ -33,37 +44,46 @@ def exhausted(study: StoredStudy) -> bool:
 
 
 def fastest_feasible(study: StoredStudy) -> StoredTrial | None:
-    """The trial whose speedup is the measured upper bound; None where nothing is feasible."""
-    return max(feasible_trials(study), key=_speedup, default=None)
+    """The trial whose speedup is the measured upper bound; None where nothing is feasible.
+
+    Where held-out prompts confirm none of the feasible trials, the fastest of them all the same:
+    nothing better is known.
+    """
+    confirmed = max(feasible_trials(study), key=_speedup, default=None)
+    if confirmed is not None:
+        return confirmed
+    kept = (trial for trial in study.current if trial.feasible(study.configuration))
+    return max(kept, key=_speedup, default=None)
 
 
-def targeted(study: StoredStudy, requested: float, *, closest: bool = False) -> StoredTrial | None:
+CHOICES = ("safest", "closest", "exact")
+"""How a request is answered: see `targeted`."""
+
+
+def targeted(study: StoredStudy, requested: float, choice: str = "safest") -> StoredTrial | None:
     """The trial that answers a requested speedup within the budgets; None where none does.
 
-    Of those fast enough, the one with the smallest score loss, and of equals the faster; with
-    `closest`, the one whose speedup is nearest to the request.
+    Of those fast enough, the one with the smallest score loss (by its upper end), and of equals
+    the faster; with `closest`, the one whose speedup is nearest to the request; with `exact` that
+    one too, but only if the request lies within its 95 % interval.
     """
-    budget = study.configuration.budgets[0]
-    answers = [
-        trial
-        for trial in feasible_trials(study)
-        if meets(
-            _speedup(trial), _loss(study, trial), requested=requested, max_loss=budget.max_loss
-        )
-    ]
-    if closest:
+    configuration = study.configuration
+    answers = [trial for trial in feasible_trials(study) if _speedup(trial) >= requested]
+    if choice == "exact":
+        answers = [trial for trial in answers if _least(trial) <= requested]
+    if choice != "safest":
         return min(answers, key=_speedup, default=None)
-    return min(answers, key=lambda trial: (_loss(study, trial), -_speedup(trial)), default=None)
+    return min(
+        answers,
+        key=lambda trial: (trial.most_loss(configuration), -_speedup(trial)),
+        default=None,
+    )
 
 
 def pareto_front(study: StoredStudy) -> list[StoredTrial]:
     """The scored trials that no other beats in both speedup and first budget's loss, by speedup."""
     budget = study.configuration.budgets[0]
-    scored = [
-        trial
-        for trial in study.trials
-        if trial.reused_from is None and trial.loss(budget) is not None
-    ]
+    scored = [trial for trial in study.current if trial.loss(budget) is not None]
     front: list[StoredTrial] = []
     for trial in sorted(scored, key=lambda one: (-_speedup(one), _loss(study, one))):
         if not front or _loss(study, trial) < _loss(study, front[-1]):
@@ -73,12 +93,19 @@ def pareto_front(study: StoredStudy) -> list[StoredTrial]:
 
 def outcomes(study: StoredStudy) -> Counter[Outcome]:
     """How many measured settings ended how."""
-    return Counter(trial.outcome for trial in study.trials if trial.reused_from is None)
+    return Counter(trial.outcome for trial in study.current)
 
 
 def _speedup(trial: StoredTrial) -> float:
     assert trial.speedup is not None
     return trial.speedup
+
+
+def _least(trial: StoredTrial) -> float:
+    """What a trial reaches at least, by its interval."""
+    assert trial.measurement is not None
+    interval = trial.measurement.latency.interval()
+    return _speedup(trial) if interval is None else interval[0]
 
 
 def _loss(study: StoredStudy, trial: StoredTrial) -> float:

@@ -12,9 +12,9 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -29,15 +29,19 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 from sqlalchemy.engine import URL, Engine, make_url
 
+from accelsearch.budget import Judgement, Verdict
 from accelsearch.claims import create_tables
 from accelsearch.configuration import Budget, Configuration
-from accelsearch.contract import within
-from accelsearch.errors import StorageError, nearest
+from accelsearch.errors import StorageError, TrialError, nearest
+from accelsearch.judging import judge, judge_held_out
 from accelsearch.measurement import (
     Environment,
     Measurement,
     ParamValue,
+    Scores,
     score_loss,
+    scores_from,
+    scores_to,
 )
 from accelsearch.reconnect import PatientStorage, transient
 
@@ -45,6 +49,7 @@ __all__ = [
     "Outcome",
     "StoredStudy",
     "StoredTrial",
+    "Verification",
     "complete_recorded",
     "create_study",
     "database_errors",
@@ -55,10 +60,14 @@ __all__ = [
     "is_ours",
     "is_over",
     "open_storage",
+    "read_neighbours",
     "read_parts",
+    "read_siblings",
     "read_studies",
     "read_study",
     "record",
+    "record_request",
+    "record_verification",
     "redacted",
     "retries_of",
     "running_trial",
@@ -87,6 +96,9 @@ _MEASUREMENT, _OUTCOME, _REASON = "measurement", "outcome", "reason"
 _REUSED, _SECONDS = "reused_from", "seconds"
 _WORKER, _LOST = "worker", "lost"
 _SETTINGS = "settings"
+_RESUMES = "resumes"
+# One attribute for each trial and request, so that workers do not overwrite each other's.
+_VERIFICATION, _REQUEST = "verification:", "request:"
 
 
 class Outcome(StrEnum):
@@ -94,7 +106,8 @@ class Outcome(StrEnum):
 
     FEASIBLE = "feasible"
     OVER_BUDGET = "over budget"
-    DOMINATED = "dominated"  # slower than a feasible trial, so its images were not scored
+    DOMINATED = "dominated"  # slower than a feasible trial, so its images do not matter
+    TOO_SLOW = "too slow"  # slower than a target asks for
     UNSCORED = "not scored"  # only its latency was asked for
     FAILED = "failed"  # could not be measured
     INTERRUPTED = "interrupted"  # the worker stopped in the middle of it
@@ -106,6 +119,7 @@ _ENDED: dict[str, TrialState] = {
     Outcome.FEASIBLE: TrialState.COMPLETE,
     Outcome.OVER_BUDGET: TrialState.PRUNED,
     Outcome.DOMINATED: TrialState.PRUNED,
+    Outcome.TOO_SLOW: TrialState.PRUNED,
     Outcome.UNSCORED: TrialState.PRUNED,
     Outcome.FAILED: TrialState.FAIL,
 }
@@ -121,6 +135,7 @@ class StoredTrial:
     params: dict[str, ParamValue]
     measurement: Measurement | None = None
     reused_from: int | None = None  # the trial that measured these params
+    resumes: int | None = None  # the trial whose measurement this one went on with
     seconds: dict[str, float] = field(default_factory=dict)  # spent on each part of the trial
     finished: datetime | None = None
     lost: bool = False  # its worker was gone before it was measured
@@ -137,12 +152,49 @@ class StoredTrial:
                 return score_loss(scores, budget.floor_db)
         return None
 
-    def feasible(self, budgets: Sequence[Budget]) -> bool:
-        """Whether the trial finished and kept all of the budgets."""
-        losses = [(self.loss(budget), budget) for budget in budgets]
-        return self.outcome is Outcome.FEASIBLE and all(
-            loss is not None and within(loss, budget.max_loss) for loss, budget in losses
-        )
+    def judgement(self, configuration: Configuration) -> Judgement | None:
+        """What its scores say of the configuration's budgets; None where they say nothing yet."""
+        if self.measurement is None:
+            return None
+        try:
+            return judge(self.measurement.scores, configuration.budgets, configuration.images)
+        except TrialError:
+            return None
+
+    def feasible(self, configuration: Configuration) -> bool:
+        """Whether the trial finished and keeps all of the configuration's budgets."""
+        if self.outcome is not Outcome.FEASIBLE:
+            return False
+        judgement = self.judgement(configuration)
+        return judgement is not None and judgement.verdict is Verdict.WITHIN
+
+    def most_loss(self, configuration: Configuration) -> float | None:
+        """The upper end of its first budget's loss: the loss itself once all prompts are scored.
+
+        A trial that was accepted early must not look best because it was measured least.
+        """
+        judgement = self.judgement(configuration)
+        if judgement is None:
+            return None
+        return judgement.intervals[configuration.budgets[0].metric][1]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What prompts that the search never saw say of a trial.
+
+    `candidate` counts the trials that were tried on these prompts, from 0: the first has the
+    largest share of the error that is allowed.
+    """
+
+    trial: int
+    candidate: int
+    judgement: Judgement
+    scores: tuple[Scores, ...]
+
+    @property
+    def verified(self) -> bool:
+        return self.judgement.verdict is Verdict.WITHIN
 
 
 @dataclass(frozen=True)
@@ -157,6 +209,17 @@ class StoredStudy:
     environment: Environment
     trials: tuple[StoredTrial, ...]
     settings: int | None = None
+    verifications: Mapping[int, Verification] = field(default_factory=dict)  # by trial
+    requests: Mapping[float, str] = field(default_factory=dict)  # speedups asked for -> how chosen
+
+    @property
+    def current(self) -> tuple[StoredTrial, ...]:
+        """The trials but those taken over from another, and those that another resumed."""
+        unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
+        resumed = {one.resumes for one in self.trials if one.outcome not in unfinished}
+        return tuple(
+            one for one in self.trials if one.reused_from is None and one.number not in resumed
+        )
 
 
 def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> BaseStorage:
@@ -323,6 +386,7 @@ def record(
     violations: Mapping[str, float] | None = None,
     seconds: Mapping[str, float] | None = None,
     reused_from: int | None = None,
+    resumes: int | None = None,
 ) -> None:
     """Store what a running trial has found. Call it once, right before the trial ends.
 
@@ -333,6 +397,8 @@ def record(
         trial.set_user_attr(_SECONDS, {name: round(value, 3) for name, value in seconds.items()})
     if reused_from is not None:
         trial.set_user_attr(_REUSED, reused_from)
+    if resumes is not None:
+        trial.set_user_attr(_RESUMES, resumes)
     if measurement is not None:
         # The same step for every trial: TPE ranks pruned ones by the last step reported.
         trial.report(measurement.latency.speedup, step=0)
@@ -341,6 +407,20 @@ def record(
         trial.set_constraint(metric, violation)
     # Last: it says that all the others are there.
     trial.set_user_attr(_OUTCOME, outcome.value)
+
+
+def record_verification(
+    study: optuna.Study, trial: int, candidate: int, scores: Sequence[Scores]
+) -> None:
+    """Store what held-out prompts scored, of a trial that has ended."""
+    study.set_user_attr(
+        f"{_VERIFICATION}{trial}", {"candidate": candidate, "scores": scores_to(scores)}
+    )
+
+
+def record_request(study: optuna.Study, speedup: float, choice: str) -> None:
+    """Store that a speedup was asked for, so that exports hold what answers it."""
+    study.set_user_attr(f"{_REQUEST}{speedup!r}", choice)
 
 
 def running_trial(
@@ -440,19 +520,60 @@ def read_parts(storage: BaseStorage, configuration: Configuration) -> tuple[Stor
     trial here. One that this version cannot read tells nothing.
     """
     context, methods = configuration.context(), set(configuration.methods)
-    parts = []
+    return tuple(
+        one
+        for one in _readable(storage, lambda stored: methods > set(stored.get("methods", methods)))
+        if one.configuration.context() == context
+    )
+
+
+def read_neighbours(storage: BaseStorage, configuration: Configuration) -> tuple[StoredStudy, ...]:
+    """The studies of the same model and methods whose steps or scheduler are others."""
+    methods, model = list(configuration.methods), configuration.model
+    own = (configuration.scheduler, configuration.steps)
+    return tuple(
+        _readable(
+            storage,
+            lambda stored: (
+                stored.get("methods") == methods
+                and stored.get("model") == model
+                and (stored.get("scheduler"), stored.get("steps")) != own
+            ),
+        )
+    )
+
+
+def read_siblings(
+    storage: BaseStorage, configuration: Configuration, environment: Environment
+) -> tuple[StoredStudy, ...]:
+    """The studies that measure the very same, and differ in budgets or in what they search.
+
+    Their measurements are as good as one's own.
+    """
+    name, context = study_name(configuration, environment), configuration.context()
+    methods = list(configuration.methods)
+    return tuple(
+        one
+        for one in _readable(storage, lambda stored: stored.get("methods") == methods)
+        if one.name != name
+        and one.configuration.context() == context
+        and one.environment == environment
+    )
+
+
+def _readable(
+    storage: BaseStorage, wanted: Callable[[Mapping[str, Any]], bool]
+) -> Iterator[StoredStudy]:
+    """The studies of ours whose stored configuration is wanted, if this version can read them."""
     for study in storage.get_all_studies():
         stored = study.user_attrs.get(_CONFIGURATION)
-        if stored is None or not methods > set(stored.get("methods", methods)):
+        if stored is None or not wanted(stored):
             continue
         trials = storage.get_all_trials(study._study_id, deepcopy=False)
         try:
-            read = _study(study.study_name, study.user_attrs, trials)
+            yield _study(study.study_name, study.user_attrs, trials)
         except StorageError:
             continue
-        if read.configuration.context() == context:
-            parts.append(read)
-    return tuple(parts)
 
 
 def read_study(study: optuna.Study) -> StoredStudy:
@@ -471,9 +592,33 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
         environment = Environment.from_dict(attributes[_ENVIRONMENT])
         count = attributes.get(_SETTINGS)
         settings = count if isinstance(count, int) else None
-        return StoredStudy(name, configuration, environment, tuple(map(_trial, trials)), settings)
-    except StorageError as error:
+        stored = StoredStudy(name, configuration, environment, tuple(map(_trial, trials)), settings)
+        return replace(
+            stored,
+            verifications=_verifications(stored, attributes),
+            requests={
+                float(key.removeprefix(_REQUEST)): str(choice)
+                for key, choice in sorted(attributes.items())
+                if key.startswith(_REQUEST)
+            },
+        )
+    except (StorageError, ValueError) as error:
         raise StorageError(f"study {name!r} cannot be read: {error}") from None
+
+
+def _verifications(study: StoredStudy, attributes: Mapping[str, Any]) -> dict[int, Verification]:
+    found = {}
+    for key, value in attributes.items():
+        if key.startswith(_VERIFICATION):
+            number = int(key.removeprefix(_VERIFICATION))
+            scores = scores_from(value["scores"])
+            searched = study.trials[number].measurement
+            assert searched is not None
+            judgement = judge_held_out(
+                scores, searched.scores, study.configuration.budgets, value["candidate"]
+            )
+            found[number] = Verification(number, value["candidate"], judgement, scores)
+    return found
 
 
 def _trial(trial: FrozenTrial) -> StoredTrial:
@@ -495,6 +640,7 @@ def _trial(trial: FrozenTrial) -> StoredTrial:
         params=dict(trial.params if measurement is None else measurement.params),
         measurement=measurement,
         reused_from=trial.user_attrs.get(_REUSED),
+        resumes=trial.user_attrs.get(_RESUMES),
         seconds=trial.user_attrs.get(_SECONDS, {}),
         finished=trial.datetime_complete,
         lost=is_lost(trial),

@@ -7,35 +7,52 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 
 from accelsearch import report
 from accelsearch.budget import violation
 from accelsearch.configuration import Configuration, SearchSettings
 from accelsearch.errors import BaselineError, StorageError, TrialError
+from accelsearch.guide import GAIN, Guide, Observation
 from accelsearch.heartbeat import Worker
-from accelsearch.measurement import Environment, ParamValue
+from accelsearch.judging import check_held_out
+from accelsearch.latency import dominated
+from accelsearch.measurement import (
+    Environment,
+    Measurement,
+    ParamValue,
+    pair_noise,
+    score_losses,
+)
 from accelsearch.methods import Parameter, effective
 from accelsearch.objective import Bench, Result, check_models, environment_of
-from accelsearch.queries import fastest_feasible
+from accelsearch.queries import CHOICES, fastest_feasible, feasible_trials, targeted
 from accelsearch.reconcile import reconcile
 from accelsearch.storage import (
     Outcome,
     StoredStudy,
     StoredTrial,
+    Verification,
     create_study,
     database_errors,
     engine,
+    read_neighbours,
     read_parts,
+    read_siblings,
     read_study,
     record,
+    record_request,
+    record_verification,
     say_settings,
     settings_of,
 )
@@ -46,6 +63,13 @@ __all__ = ["OTHERS", "Found", "Progress", "Silent", "search"]
 OTHERS = "other workers measure the rest"
 """Why a search stops that is not over: its last settings are being measured by others."""
 
+Setting = tuple[tuple[str, ParamValue], ...]
+"""What tells settings apart that differ in effect: names and values, sorted."""
+
+_GUIDED = "guided"
+_CANDIDATES = 500  # settings that the guide looks at, of more some at random
+_DRAWS = 3  # of so many settings, before nothing is taken to be left
+_CANDIDATES_VERIFIED = 6  # trials tried on one set of held-out prompts
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
 _ENUMERABLE = 100_000  # settings up to which a space is listed to find untried ones
 
@@ -60,6 +84,8 @@ class Progress(Protocol):
     def doing(self, what: str) -> None: ...
 
     def trial_finished(self, study: StoredStudy) -> None: ...
+
+    def verified(self, study: StoredStudy, verification: Verification) -> None: ...
 
     def warned(self, of: str) -> None: ...
 
@@ -77,6 +103,8 @@ class Silent:
 
     def trial_finished(self, study: StoredStudy) -> None: ...
 
+    def verified(self, study: StoredStudy, verification: Verification) -> None: ...
+
     def warned(self, of: str) -> None: ...
 
     def study_finished(self, found: Found) -> None: ...
@@ -86,17 +114,27 @@ class Silent:
 class Found:
     """What a search ended with: the study as stored, and why it stopped.
 
-    `pending` are the settings that other workers were measuring then.
+    `pending` are the settings that other workers were measuring then. `goal` is the speedup that
+    was asked for, and `choice` how an answer to it is chosen (`queries.targeted`).
     """
 
     study: StoredStudy
     stopped: str
     pending: tuple[Mapping[str, ParamValue], ...] = ()
+    goal: float | None = None
+    choice: str = CHOICES[0]
 
     @property
     def best(self) -> StoredTrial | None:
         """The fastest feasible trial, whose speedup is the measured upper bound."""
         return fastest_feasible(self.study)
+
+    @property
+    def answer(self) -> StoredTrial | None:
+        """The trial that was looked for: the best one, or the one that meets the goal."""
+        if self.goal is None:
+            return self.best
+        return targeted(self.study, self.goal, self.choice)
 
 
 @database_errors()
@@ -105,16 +143,22 @@ def search(
     storage: BaseStorage,
     *,
     artifacts: Path,
+    goal: float | None = None,
+    choice: str = CHOICES[0],
     progress: Progress | None = None,
     bench: Callable[[Configuration, Callable[[str], None]], Bench] = Bench,
     worker: Worker | None = None,
     where: Callable[[Configuration], Environment] | None = None,
 ) -> Found:
-    """Search one configuration until its limits are reached or every setting is measured.
+    """Search one configuration for its largest speedup, or until a speedup of `goal` is met.
 
-    What the storage already holds of this configuration in this environment counts: trials that
-    finished are not repeated, and a search whose limits are reached loads no pipeline. Feasible
-    trials leave a picture, baseline beside accelerated, in `artifacts`.
+    What the storage already holds of this configuration in this environment counts: settings that
+    are decided are not measured again, those that another question left open are gone on with
+    from where they were, and a search that has its answer loads no pipeline. It ends where no
+    plausible improvement is left, every setting is measured, or a limit is reached. The best trial
+    is then tried on the plan's held-out prompts; where these do not confirm it, the search goes on
+    for the next best. Feasible trials leave a picture, baseline beside accelerated, in
+    `artifacts`.
 
     Any number of workers may search one configuration at once, each in a process of its own: no
     setting is measured by two of them. `worker` is this one; without it, the search is one by
@@ -132,120 +176,349 @@ def search(
                 configuration,
                 storage,
                 artifacts=artifacts,
+                goal=goal,
+                choice=choice,
                 progress=progress,
                 bench=bench,
                 worker=alone,
                 where=where,
             )
-    progress = progress or Silent()
-    settings = configuration.search
-    if where is None:
-        where = environment_of
+    where = where or environment_of
     # Before there is a study of nothing, or a picture to lose.
     check_models(configuration)
+    check_held_out(configuration)
     _make_folder(artifacts)
     environment = where(configuration)
+    settings = configuration.search
     study = create_study(storage, configuration, environment, _sampler(settings, 0))
     worker.at(study._study_id)
     reconcile(study, worker)
-    stored = _read(study, configuration)
-    # Going on with the same seed would suggest again what it suggested in the beginning, and two
-    # workers with one seed would suggest the same.
-    lane = worker.lane()
-    study.sampler = _sampler(settings, len(stored.trials) + lane)
-    progress.study_started(stored, environment)
-    if len(_measured(stored)) >= settings.trials:
-        return _finished(progress, stored, _limit(settings))
-    size = settings_of(study)
-    if size is not None and len(_measured(stored)) >= size:
-        return _finished(progress, stored, _exhausted(size))
+    if goal is not None:
+        record_request(study, goal, choice)
+    return _Search(
+        configuration,
+        study,
+        environment,
+        artifacts,
+        goal,
+        choice,
+        progress or Silent(),
+        bench,
+        worker,
+    ).run()
 
-    ready = bench(configuration, progress.doing)
-    space = ready.space
-    every = _every(space)
-    # Where a parameter is continuous, no number of settings is all of them.
-    finite = all(parameter.values() is not None for parameter in space)
-    size = len(every) if finite and every is not None else None
-    if size is not None:
-        say_settings(study, size)
-    parts = read_parts(storage, configuration)
-    # By the budgets of this search.
-    best = (fastest_feasible(replace(one, configuration=configuration)) for one in parts)
-    starts = ready.starts([one.params for one in best if one is not None])
-    deadline = time.monotonic() + (settings.timeout_s or math.inf)
-    on_grid = settings.sampler == "grid"
-    repeated = False
 
-    while True:
-        if len(_measured(stored)) >= settings.trials:
-            return _finished(progress, stored, _limit(settings))
-        if size is not None and len(_settings(space, stored)) >= size:
-            return _finished(progress, stored, _exhausted(size))
-        if time.monotonic() > deadline:
-            return _finished(progress, stored, f"the time limit of {settings.timeout_s:g} s")
-        claimed = worker.others(study._study_id)
-        others = {_setting(space, one) for one in claimed}
-        tried = _settings(space, stored).keys() | others
-        if others and (
-            len(_measured(stored)) + len(others) >= settings.trials
-            or (size is not None and len(tried) >= size)
-        ):
-            return _finished(progress, stored, OTHERS, claimed)
-        first = (*_lost(space, stored), *starts)
-        chosen = next((one for one in first if _setting(space, one) not in tried), None)
+class _Search:
+    """The state of one search: what is stored, what is loaded, and how it goes on."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        study: optuna.Study,
+        environment: Environment,
+        artifacts: Path,
+        goal: float | None,
+        choice: str,
+        progress: Progress,
+        bench: Callable[[Configuration, Callable[[str], None]], Bench],
+        worker: Worker,
+    ) -> None:
+        self._configuration = configuration
+        self._settings = configuration.search
+        self._study = study
+        self._environment = environment
+        self._artifacts = artifacts
+        self._goal, self._choice = goal, choice
+        self._progress = progress
+        self._make_bench = bench
+        self._worker = worker
+        self._stored = self._read()
+        # Going on with the same seed would suggest again what it suggested in the beginning, and
+        # two workers with one seed would suggest the same.
+        self._lane = worker.lane()
+        study.sampler = _sampler(self._settings, len(self._stored.trials) + self._lane)
+        self._deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
+        self._repeated = False
+        progress.study_started(self._stored, environment)
+
+    def run(self) -> Found:
+        while True:
+            stopped, pending = self._why_stop()
+            if stopped is None:
+                self._turn()
+            elif stopped == OTHERS or not self._verify():
+                found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
+                self._progress.study_finished(found)
+                return found
+
+    # What is loaded when it is first needed: a search that has its answer needs none of it.
+
+    @cached_property
+    def _bench(self) -> Bench:
+        return self._make_bench(self._configuration, self._progress.doing)
+
+    @cached_property
+    def _space(self) -> tuple[Parameter, ...]:
+        return self._bench.space
+
+    @cached_property
+    def _every(self) -> list[dict[str, ParamValue]] | None:
+        return _every(self._space)
+
+    @cached_property
+    def _size(self) -> int | None:
+        """How many settings there are; None where a parameter is continuous, or they are many."""
+        stored = settings_of(self._study)
+        if stored is not None and "_bench" not in vars(self):
+            return stored
+        finite = all(parameter.values() is not None for parameter in self._space)
+        size = len(self._every) if finite and self._every is not None else None
+        if size is not None:
+            say_settings(self._study, size)
+        return size
+
+    @cached_property
+    def _starts(self) -> list[dict[str, ParamValue]]:
+        """What was good elsewhere, by the budgets of this search, and then the defaults."""
+        storage, configuration = self._study._storage, self._configuration
+        studies = (*read_parts(storage, configuration), *read_neighbours(storage, configuration))
+        best = (fastest_feasible(replace(one, configuration=configuration)) for one in studies)
+        known = [one.params for one in best if one is not None]
+        starts = self._bench.starts(known)
+        # The guide finds out by itself what each method does alone, unless parts have told.
+        return starts[: len(known) + 1] if self._settings.sampler == _GUIDED else starts
+
+    @cached_property
+    def _pool(self) -> dict[Setting, Measurement]:
+        """What studies of other budgets have measured of the very same settings."""
+        siblings = read_siblings(self._study._storage, self._configuration, self._environment)
+        return {
+            _setting(self._space, trial.params): trial.measurement
+            for sibling in siblings
+            for trial in sibling.current
+            if trial.measurement is not None
+        }
+
+    def _read(self) -> StoredStudy:
+        """The study as stored, but with the limits of this search instead of the first one's."""
+        return replace(read_study(self._study), configuration=self._configuration)
+
+    def _why_stop(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
+        """Why the search is over, and what others still measure; None where it is not."""
+        stored, settings = self._stored, self._settings
+        if self._goal is not None:
+            answer = targeted(stored, self._goal, self._choice)
+            if answer is not None:
+                return f"trial {answer.number} meets {self._goal:g}x", ()
+        measured = _measured(stored)
+        claimed = tuple(self._worker.others(self._study._study_id))
+        limited = len(measured) >= settings.trials
+        if limited and not self._reopened():
+            return (OTHERS, claimed) if claimed else (_limit(settings), ())
+        if time.monotonic() > self._deadline:
+            return f"the time limit of {settings.timeout_s:g} s", ()
+        size = self._size
+        if size is not None and len(measured) >= size and not self._reopened():
+            return (OTHERS, claimed) if claimed else (_exhausted(size), ())
+        others = {_setting(self._space, one) for one in claimed}
+        if others:
+            tried = _settings(self._space, stored).keys() | others
+            if len(measured) + len(others) >= settings.trials or len(tried) == size:
+                return OTHERS, claimed
+        chosen = self._choose(others)
+        if isinstance(chosen, str):
+            return (OTHERS, claimed) if claimed else (chosen, ())
+        self._chosen = chosen
+        return None, ()
+
+    def _choose(self, others: Collection[Setting]) -> dict[str, ParamValue] | str | None:
+        """The setting to measure next, or why there is none; None leaves it to the sampler."""
+        space, stored = self._space, self._stored
+        known = _settings(space, stored)
+        tried = known.keys() | others
+        for one in self._reopened():
+            if _setting(space, one.params) not in others:
+                return one.params
+        for params in (*_lost(space, stored), *self._starts):
+            if _setting(space, params) not in tried:
+                return params
+        sampler = self._settings.sampler
+        if _waiting(self._study):  # imported ones, to be tried first
+            return None
+        chance = random.Random(self._settings.seed + len(stored.trials) + self._lane)  # noqa: S311
+        if sampler == _GUIDED:
+            return self._guided(known, tried, chance)
+        finite = all(parameter.values() is not None for parameter in space)
         # A sampler that has come round to what it knows gets something new to learn from.
-        if chosen is None and (on_grid or (repeated and finite)):
-            chance = random.Random(settings.seed + len(stored.trials) + lane)  # noqa: S311
-            chosen = _fresh(space, every, tried, chance)
-            if chosen is None:
-                if others:
-                    return _finished(progress, stored, OTHERS, claimed)
-                return _finished(progress, stored, "the whole grid is measured")
-        running = take(study, space, worker, chosen, limit_s=settings.trial_timeout_s)
-        stored = _read(study, configuration)
+        if sampler == "grid" or (self._repeated and finite):
+            return _fresh(space, self._every, tried, chance) or "the whole grid is measured"
+        return None
+
+    def _guided(
+        self,
+        known: Mapping[Setting, StoredTrial],
+        tried: Collection[Setting],
+        chance: random.Random,
+    ) -> dict[str, ParamValue] | str:
+        """What the guide proposes among all settings, or among many drawn at random."""
+        observed = [_observed(self._space, trial, self._configuration) for trial in known.values()]
+        best = max((one.speedup or 0.0 for one in feasible_trials(self._stored)), default=None)
+        beat = self._goal or best
+        for _ in range(_DRAWS):
+            candidates = self._candidates(observed, chance)
+            guide = Guide(self._space, candidates, self._configuration.budgets, self._settings.seed)
+            open_ = [
+                index
+                for index, one in enumerate(candidates)
+                if _setting(self._space, one) not in tried
+            ]
+            gain = 0.0 if self._goal else GAIN
+            proposal = guide.propose(observed, open_, beat, gain)
+            if proposal is not None:
+                return proposal.params
+            if self._every is not None and len(candidates) == len(self._every):
+                break
+        return guide.reason
+
+    def _candidates(
+        self, observed: Sequence[Observation], chance: random.Random
+    ) -> list[dict[str, ParamValue]]:
+        every = self._every
+        if every is not None and len(every) <= _CANDIDATES:
+            return every
+        found = {_setting(self._space, one.params): dict(one.params) for one in observed}
+        for params in [*(dict(one.params) for one in observed), *self._starts]:
+            for near in _near(self._space, params):
+                found.setdefault(_setting(self._space, near), near)
+        drawn: set[Setting] = set(found)
+        while len(found) < _CANDIDATES:
+            fresh = _fresh(self._space, every, drawn, chance)
+            if fresh is None:
+                break
+            drawn.add(_setting(self._space, fresh))
+            found[_setting(self._space, fresh)] = fresh
+        return list(found.values())
+
+    def _reopened(self) -> list[StoredTrial]:
+        """The trials that were given up as too slow and are not, by now, the fastest first.
+
+        Held-out prompts have refuted what they were slower than, or nothing so fast is asked for.
+        """
+        incumbent, noise = self._incumbent(), self._noise()
+        beat = max((one for one in (incumbent, self._goal) if one is not None), default=None)
+        given_up = (Outcome.DOMINATED, Outcome.TOO_SLOW, Outcome.UNSCORED)
+        found = [
+            one
+            for one in _measured(self._stored)
+            if one.outcome in given_up
+            and one.measurement is not None
+            and not dominated(one.measurement.latency, beat, noise)
+        ]
+        return sorted(found, key=lambda one: -(one.speedup or 0.0))
+
+    def _incumbent(self) -> float | None:
+        """What the best feasible trial reaches beyond the noise: the lower end of its interval."""
+        best = max(feasible_trials(self._stored), key=lambda one: one.speedup or 0.0, default=None)
+        if best is None or best.measurement is None:
+            return None
+        interval = best.measurement.latency.interval()
+        return None if interval is None else interval[0]
+
+    def _noise(self) -> float | None:
+        return pair_noise(
+            one.measurement.latency for one in _measured(self._stored) if one.measurement
+        )
+
+    def _turn(self) -> None:
+        """Measure one setting."""
+        running = take(
+            self._study,
+            self._space,
+            self._worker,
+            self._chosen,
+            limit_s=self._settings.trial_timeout_s,
+        )
+        self._stored = self._read()
         if running is None:  # another worker has this setting
-            repeated = True
-            continue
+            self._repeated = True
+            return
         # One at a time: stored trials decide before each whether there is to be another.
-        trial = _Trial(ready, stored, artifacts, progress)
-        if not finish(study, running, worker, trial):
-            progress.warned(f"trial {running.number} was given up: the database was out of reach")
-        if worker.due():
-            reconcile(study, worker)
-        stored, repeated = _read(study, configuration), trial.repeated
-        progress.trial_finished(stored)
+        trial = _Trial(self)
+        if not finish(self._study, running, self._worker, trial):
+            self._progress.warned(
+                f"trial {running.number} was given up: the database was out of reach"
+            )
+        if self._worker.due():
+            reconcile(self._study, self._worker)
+        self._stored, self._repeated = self._read(), trial.repeated
+        self._progress.trial_finished(self._stored)
         if isinstance(trial.error, BaselineError):
             raise trial.error
-        measured = _measured(stored)
+        measured = _measured(self._stored)
         failures = [one for one in measured if one.outcome is Outcome.FAILED]
-        if trial.error and not repeated and len(failures) == len(measured) >= _HOPELESS:
+        if trial.error and not trial.repeated and len(failures) == len(measured) >= _HOPELESS:
             raise TrialError(f"all {len(failures)} trials failed, the last with {trial.error}")
+
+    def _verify(self) -> bool:
+        """Try the answer on held-out prompts; whether they refute it, so that there is more to do.
+
+        Candidates come fastest first, and share the error that is allowed: `candidate_alpha`.
+        """
+        if not self._configuration.held_out_prompts:
+            return False
+        stored = self._stored
+        if self._goal is None:
+            best = max(feasible_trials(stored), key=lambda one: one.speedup or 0.0, default=None)
+        else:
+            best = targeted(stored, self._goal, self._choice)
+        tried = len(stored.verifications)
+        if best is None or best.number in stored.verifications or tried >= _CANDIDATES_VERIFIED:
+            return False
+        try:
+            scores = self._bench.held_out_scores(best.params)
+        except BaselineError:
+            raise
+        except TrialError as error:
+            self._progress.warned(f"trial {best.number} cannot be verified: {error}")
+            return False
+        record_verification(self._study, best.number, tried, scores)
+        self._stored = self._read()
+        verification = self._stored.verifications[best.number]
+        self._progress.verified(self._stored, verification)
+        return not verification.verified
 
 
 class _Trial:
-    """The objective of one trial: suggest, measure, record; remembers how it went."""
+    """The objective of one trial: measure its params, and record; remembers how it went."""
 
-    def __init__(
-        self, bench: Bench, stored: StoredStudy, artifacts: Path, progress: Progress
-    ) -> None:
-        self._bench = bench
-        self._stored = stored
-        self._artifacts = artifacts
-        self._progress = progress
+    def __init__(self, search: _Search) -> None:
+        self._search = search
+        self._bench = search._bench
+        self._stored = search._stored
+        self._progress = search._progress
         self.error: TrialError | None = None
         self.repeated = False
 
     def __call__(self, trial: optuna.Trial) -> float:
-        space = self._bench.space
+        search, space = self._search, self._bench.space
         # Under one name, whatever the sampler chose where it makes no difference.
         params = effective(space, {one.name: _suggest(trial, one) for one in space})
         self._progress.trial_started(params)
-        known = _settings(space, self._stored).get(_setting(space, params))
-        if known is not None:
+        setting = _setting(space, params)
+        stored = _settings(space, self._stored).get(setting)
+        reopened = {one.number for one in search._reopened()}
+        if stored is not None and stored.number not in reopened:
             self.repeated = True
-            return self._repeat(trial, known)
+            return self._repeat(trial, stored)
+        known = search._pool.get(setting) if stored is None else stored.measurement
         try:
-            result = self._bench.measure(params, incumbent=_at_least(self._stored))
+            result = self._bench.measure(
+                params,
+                incumbent=search._incumbent(),
+                goal=search._goal,
+                noise=search._noise(),
+                known=known,
+            )
         except BaselineError as error:
             # Not the fault of this setting, which is to be tried again.
             self.error = error
@@ -262,6 +535,7 @@ class _Trial:
             measurement=result.measurement,
             violations=result.violations,
             seconds=result.seconds,
+            resumes=None if stored is None else stored.number,
         )
         if result.outcome is not Outcome.FEASIBLE:
             raise optuna.TrialPruned(result.outcome.value)
@@ -271,8 +545,8 @@ class _Trial:
 
     def _repeat(self, trial: optuna.Trial, known: StoredTrial) -> float:
         """Take a measurement of the same setting over, so that it is never made twice."""
-        budgets = self._stored.configuration.budgets
-        losses = {budget: known.loss(budget) for budget in budgets}
+        decided = known.outcome in (Outcome.FEASIBLE, Outcome.OVER_BUDGET)
+        losses = {budget: known.loss(budget) for budget in self._stored.configuration.budgets}
         record(
             trial,
             known.outcome,
@@ -281,7 +555,7 @@ class _Trial:
             violations={
                 budget.metric: violation(loss, budget)
                 for budget, loss in losses.items()
-                if loss is not None
+                if decided and loss is not None
             },
             reused_from=known.number,
         )
@@ -299,32 +573,46 @@ class _Trial:
         baseline, prompts = self._bench.baseline_images(len(images))
         title = f"{result.measurement.latency.speedup:.2f}x: {result.reason}"
         picture = report.comparison(baseline, images, prompts, title=title)
+        artifacts = self._search._artifacts
         try:
-            report.keep_picture(self._artifacts, trial, picture)
+            report.keep_picture(artifacts, trial, picture)
         except OSError as error:
             # The measurement took minutes, and is worth keeping without its picture.
-            self._progress.warned(f"no picture in {self._artifacts}: {error.strerror}")
+            self._progress.warned(f"no picture in {artifacts}: {error.strerror}")
 
 
-def _at_least(stored: StoredStudy) -> float | None:
-    """What the best feasible trial reaches beyond the noise: the lower end of its interval."""
-    best = fastest_feasible(stored)
-    if best is None or best.measurement is None:
-        return None
-    interval = best.measurement.latency.interval()
-    return None if interval is None else interval[0]
+def _waiting(study: optuna.Study) -> bool:
+    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
 
-def _read(study: optuna.Study, configuration: Configuration) -> StoredStudy:
-    """The study as stored, but with the limits of this search instead of those of the first."""
-    return replace(read_study(study), configuration=configuration)
+def _observed(
+    space: Sequence[Parameter], trial: StoredTrial, configuration: Configuration
+) -> Observation:
+    """What a trial tells the guide."""
+    params = effective(space, trial.params)
+    if trial.measurement is None:
+        return Observation(params, math.nan, math.nan, {})
+    latency = trial.measurement.latency
+    ratios = np.log(latency.baseline_s) - np.log(latency.accelerated_s)
+    # Of one pair nobody knows the error; of few it is easily taken for too small.
+    error = max(float(ratios.std(ddof=1)), 0.01) if len(ratios) > 1 else 0.05
+    losses = {}
+    for budget in configuration.budgets:
+        for scores in trial.measurement.scores:
+            if scores.metric == budget.metric:
+                parts = score_losses(scores, budget.floor_db)
+                spread = float(parts.std(ddof=1)) if len(parts) > 1 else abs(float(parts[0]))
+                losses[budget.metric] = (float(parts.mean()), spread / math.sqrt(len(parts)))
+    return Observation(params, math.log(latency.speedup), error / math.sqrt(len(ratios)), losses)
 
 
 def _sampler(settings: SearchSettings, trials: int) -> BaseSampler:
     seed = (settings.seed + trials) % 2**32
     # The grid is walked by `_fresh`: Optuna's GridSampler fails beside enqueued trials.
-    if settings.sampler in ("random", "grid"):
+    if settings.sampler in (_GUIDED, "random", "grid"):
         return RandomSampler(seed=seed)
+    if settings.sampler == "gp":
+        return GPSampler(seed=seed)
     # Jointly, since parameters of one method depend on each other.
     return TPESampler(seed=seed, multivariate=True)
 
@@ -366,10 +654,23 @@ def _every(space: Sequence[Parameter]) -> list[dict[str, ParamValue]] | None:
     return list(distinct.values())
 
 
+def _near(
+    space: Sequence[Parameter], params: Mapping[str, ParamValue]
+) -> Iterator[dict[str, ParamValue]]:
+    """The settings that differ from this one by one step of one parameter."""
+    for parameter in space:
+        values = _values(parameter)
+        if params.get(parameter.name) not in values:
+            continue
+        place = values.index(params[parameter.name])
+        for value in values[max(place - 1, 0) : place + 2]:
+            yield effective(space, {**params, parameter.name: value})
+
+
 def _fresh(
     space: Sequence[Parameter],
     every: list[dict[str, ParamValue]] | None,
-    tried: Container[tuple[tuple[str, ParamValue], ...]],
+    tried: Container[Setting],
     chance: random.Random,
 ) -> dict[str, ParamValue] | None:
     """A setting that has not been tried, drawn at random; None where there is no other."""
@@ -382,9 +683,7 @@ def _fresh(
             return drawn
 
 
-def _setting(
-    space: Sequence[Parameter], params: Mapping[str, ParamValue]
-) -> tuple[tuple[str, ParamValue], ...]:
+def _setting(space: Sequence[Parameter], params: Mapping[str, ParamValue]) -> Setting:
     """What tells settings apart that differ in effect."""
     names = {parameter.name for parameter in space}
     # A study may hold trials of a space that was not this one.
@@ -392,18 +691,12 @@ def _setting(
 
 
 def _measured(stored: StoredStudy) -> list[StoredTrial]:
-    """The trials that count: finished ones that were not taken over from another."""
+    """The trials that count: finished ones, each setting's last."""
     unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
-    return [
-        trial
-        for trial in stored.trials
-        if trial.outcome not in unfinished and trial.reused_from is None
-    ]
+    return [trial for trial in stored.current if trial.outcome not in unfinished]
 
 
-def _settings(
-    space: Sequence[Parameter], stored: StoredStudy
-) -> dict[tuple[tuple[str, ParamValue], ...], StoredTrial]:
+def _settings(space: Sequence[Parameter], stored: StoredStudy) -> dict[Setting, StoredTrial]:
     """What is measured already, by setting."""
     return {_setting(space, trial.params): trial for trial in _measured(stored)}
 
@@ -435,14 +728,3 @@ def _make_folder(artifacts: Path) -> None:
             f"the artifacts' folder must be writable, got {str(artifacts)!r}; "
             "name another with --artifacts"
         )
-
-
-def _finished(
-    progress: Progress,
-    stored: StoredStudy,
-    stopped: str,
-    pending: Sequence[Mapping[str, ParamValue]] = (),
-) -> Found:
-    found = Found(stored, stopped, tuple(pending))
-    progress.study_finished(found)
-    return found

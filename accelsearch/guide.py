@@ -1,0 +1,309 @@
+"""Which setting to measure next, and when nothing better is to be hoped for: numpy alone.
+
+A search can afford some ten settings of a space of hundreds. The guide learns from those measured
+how the speedup and the losses depend on the parameters, and proposes the setting that promises
+most for the time that measuring it will take.
+
+It is a Gaussian process for the logarithm of the speedup and one for each loss, tamed by asinh so
+that one ruined image does not hide the slope near the budget. Each is a linear function of the
+parameters with a smooth deviation from it. Acceleration parameters are nearly monotone: longer
+intervals are faster and lose more. So two or three measurements fix the linear part, and what
+lies beyond them is extrapolated boldly. What is known for nothing is that a setting which changes
+nothing has a speedup of 1 and loses nothing.
+
+To be bold is cheap. A setting far over its budget shows so on its first images, and a slow one
+after a pair or two; only a new best setting is measured in full. That is why the promise of a
+setting, its expected improvement times the chance that it keeps the budgets, is divided by the
+expected cost.
+
+Source: Gardner et al., Bayesian optimization with inequality constraints, ICML 2014; Snoek,
+Larochelle & Adams, Practical Bayesian optimization of machine learning algorithms, NeurIPS 2012,
+section 3.2 (expected improvement per second); Rasmussen & Williams, Gaussian processes for
+machine learning, 2006, sections 2.2, 2.7 and 5.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accelsearch.configuration import Budget
+from accelsearch.measurement import ParamValue
+from accelsearch.methods import Parameter, active
+
+__all__ = ["GAIN", "Guide", "Observation", "Proposal"]
+
+GAIN = 0.01  # an improvement of 1 % is not worth a search
+HOPELESS = 0.02  # a smaller chance of an improvement is none
+
+# What a linear slope, the smooth deviation and the constant are worth in units of the log speedup
+# and of the tamed loss; the lengths are those of Matern's kernel, where a parameter's range is 1.
+# The observations weigh these priors against each other by their marginal likelihood.
+_SLOPES = (0.5, 1.5)
+_DEVIATIONS = (0.1, 0.3, 0.8)
+_LENGTHS = (0.5, 1.5)
+_CONSTANT = 0.3
+_NUGGET = 0.02  # what no smooth function explains, as a standard deviation
+
+# Of one call of the baseline: the cost of a setting whose images are over the budget at first
+# sight, of one that is told to be slow, and of one that is measured in full (6 pairs), where an
+# accelerated call takes half as long.
+_COST_OVER, _COST_SLOW, _COST_FULL = 1.0, 2.5, 9.5
+
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known of one setting that was measured, in full or in part.
+
+    `params` are its effective ones, all of them. `log_speedup` is the natural logarithm, and its
+    standard error stands beside it. `losses`: by metric, the mean loss so far and its standard
+    error; empty where nothing was scored. A setting that failed has a `log_speedup` of NaN.
+    """
+
+    params: Mapping[str, ParamValue]
+    log_speedup: float
+    log_speedup_error: float
+    losses: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A setting to measure next.
+
+    `chance`: that it keeps all budgets and is faster than the speedup to beat by the gain.
+    """
+
+    params: dict[str, ParamValue]
+    chance: float
+
+
+class Guide:
+    """Proposes settings of a finite space.
+
+    `space` are its parameters, `settings` all distinct effective settings. `seed` decides between
+    settings of equal promise; proposals depend on nothing else but what was observed.
+
+    `reason` tells why the last call of `propose` proposed nothing; empty while it does.
+    """
+
+    reason: str = ""
+
+    def __init__(
+        self,
+        space: Sequence[Parameter],
+        settings: Sequence[Mapping[str, ParamValue]],
+        budgets: Sequence[Budget],
+        seed: int,
+    ) -> None:
+        self._names = [parameter.name for parameter in space]
+        self._settings = [dict(setting) for setting in settings]
+        self._index = {self._key(one): index for index, one in enumerate(self._settings)}
+        self._budgets = tuple(budgets)
+        self._seed = seed
+        idle = _idle(space)
+        points = _features(space, [*self._settings, *idle])
+        self._idle = np.arange(len(self._settings), len(points))
+        default = {parameter.name: parameter.default for parameter in space}
+        away = np.abs(points - _features(space, [*self._settings, *idle, default])[-1:]).sum(1)
+        self._from_default = away[: len(self._settings)]
+        self._kernels = _kernels(points)
+
+    def propose(
+        self,
+        observed: Sequence[Observation],
+        open_: Collection[int] | None,
+        beat: float | None,
+        gain: float = GAIN,
+    ) -> Proposal | None:
+        """The setting to measure next; None, and the `reason`, where none is worth it.
+
+        `open_` are the indices of the settings that may be proposed; None: all that were not
+        observed. `beat` is the speedup to beat: that of the fastest setting known to keep the
+        budgets, or a requested one; None is 1, since not accelerating is free. Faster by less
+        than `gain`, a share of it, is no improvement; give 0 for a requested speedup.
+        """
+        self.reason = ""
+        rows = [self._index.get(self._key(one.params)) for one in observed]
+        tried = {row for row in rows if row is not None}
+        candidates = np.array(
+            sorted(set(range(len(self._settings)) if open_ is None else open_) - tried), dtype=int
+        )
+        if not len(candidates):
+            self.reason = "every setting is measured"
+            return None
+        known = [(row, one) for row, one in zip(rows, observed, strict=True) if row is not None]
+        timed = [(row, one) for row, one in known if math.isfinite(one.log_speedup)]
+        speed, speed_error = self._predict(
+            [row for row, _ in timed],
+            [one.log_speedup for _, one in timed],
+            [one.log_speedup_error for _, one in timed],
+            0.0,
+            candidates,
+        )
+        keeps = np.ones(len(candidates))
+        for budget in self._budgets:
+            scored = [
+                (row, *one.losses[budget.metric])
+                for row, one in known
+                if budget.metric in one.losses
+            ]
+            tamed = [_tamed(loss, budget) for _, loss, _ in scored]
+            loss, loss_error = self._predict(
+                [row for row, _, _ in scored],
+                [value for value, _ in tamed],
+                [slope * error for (_, slope), (_, _, error) in zip(tamed, scored, strict=True)],
+                None if budget.floor_db is not None else 0.0,
+                candidates,
+            )
+            keeps = keeps * _below((_tamed(budget.max_loss, budget)[0] - loss) / loss_error)
+        aim = math.log(1.0 if beat is None else beat)
+        faster = _below((speed - aim - math.log1p(gain)) / speed_error)
+        chances = keeps * faster
+        if not timed:
+            # Nothing is known yet: the defaults are what the methods' authors advise.
+            best = int(np.lexsort((self._noise(candidates), self._from_default[candidates]))[0])
+        elif chances.max() < HOPELESS:
+            self.reason = (
+                f"no setting has a chance of {HOPELESS:.0%} to keep the budgets at a speedup of "
+                f"{math.exp(aim) * (1 + gain):.3g}"
+            )
+            return None
+        else:
+            promise = keeps * _expected_improvement(speed - aim, speed_error)
+            cost = (1 - keeps) * _COST_OVER + keeps * (
+                (1 - faster) * _COST_SLOW + faster * _COST_FULL
+            )
+            best = int(np.lexsort((self._noise(candidates), -promise / cost))[0])
+        return Proposal(dict(self._settings[candidates[best]]), float(chances[best]))
+
+    def _predict(
+        self,
+        rows: Sequence[int],
+        values: Sequence[float],
+        errors: Sequence[float],
+        idle: float | None,
+        at: NDArray[np.int_],
+    ) -> tuple[_Array, _Array]:
+        """Mean and standard deviation at the settings `at`; `idle` is the value of no change."""
+        anchors = self._idle if idle is not None else self._idle[:0]
+        seen = np.concatenate([np.asarray(rows, dtype=int), anchors])
+        y = np.concatenate([np.asarray(values, dtype=float), np.full(len(anchors), idle or 0.0)])
+        noise = np.concatenate([np.asarray(errors, dtype=float), np.zeros(len(anchors))])
+        return _posterior(self._kernels, seen, y, noise**2 + _NUGGET**2, at)
+
+    def _key(self, params: Mapping[str, ParamValue]) -> tuple[tuple[str, Any], ...]:
+        return tuple((name, params.get(name)) for name in self._names)
+
+    def _noise(self, candidates: NDArray[np.int_]) -> _Array:
+        return np.random.default_rng(self._seed).random(len(self._settings))[candidates]
+
+
+def _posterior(
+    kernels: _Array, seen: NDArray[np.int_], y: _Array, variances: _Array, at: NDArray[np.int_]
+) -> tuple[_Array, _Array]:
+    """The mixture of all kernels [H, M, M], weighed by the marginal likelihood of y [n]."""
+    prior = kernels[:, at, at]  # [H, A]
+    if not len(seen):
+        return np.zeros(len(at)), np.sqrt(prior.mean(0) + _NUGGET**2)
+    inner = kernels[:, seen[:, None], seen[None, :]] + np.diag(variances)
+    root = np.linalg.cholesky(inner)
+    # inverse root, so that products replace triangular solves, which numpy lacks
+    inverse = np.linalg.inv(root)
+    white = inverse @ y  # [H, n]
+    evidence = -0.5 * (white**2).sum(1) - np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
+    weights = np.exp(evidence - evidence.max())
+    weights /= weights.sum()
+    cross = inverse @ kernels[:, seen[:, None], at[None, :]]  # [H, n, A]
+    means = (cross * white[:, :, None]).sum(1)
+    spread = np.maximum(prior - (cross**2).sum(1), 0) + _NUGGET**2
+    mean = weights @ means
+    return mean, np.sqrt(weights @ (spread + (means - mean) ** 2))
+
+
+def _kernels(points: _Array) -> _Array:
+    """Covariances of all points under each prior, float64 [H, M, M]."""
+    linear = points @ points.T
+    distance = np.sqrt(((points[:, None] - points[None, :]) ** 2).sum(2))
+    found = []
+    for length in _LENGTHS:
+        scaled = math.sqrt(5) * distance / length
+        smooth = (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+        found += [
+            _CONSTANT**2 + slope**2 * linear + deviation**2 * smooth
+            for slope in _SLOPES
+            for deviation in _DEVIATIONS
+        ]
+    return np.array(found)
+
+
+def _features(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamValue]]) -> _Array:
+    """Settings as points, float64 [settings, features], each feature within -1..1.
+
+    Numbers by their logarithm (an interval of 3 instead of 2 matters more than one of 10 instead
+    of 9), measured from the identity where there is one, else from the default, so that the
+    linear part is nothing where the methods do nothing. Words and booleans are one-hot. A method
+    that can be idle has a feature that tells whether it is.
+    """
+    columns: list[list[float]] = []
+    for parameter in space:
+        given = [setting[parameter.name] for setting in settings]
+        origin = parameter.default if parameter.identity is None else parameter.identity
+        values = {*given, origin}
+        if any(isinstance(value, bool | str) for value in values):
+            columns += [[float(value == one) for value in given] for one in sorted(values, key=str)]
+            continue
+        scale = {value: _scaled(float(value)) for value in values}
+        width = max(scale.values()) - min(scale.values()) or 1.0
+        columns.append([(scale[value] - scale[origin]) / width for value in given])
+    on = [set(active(space, setting)) for setting in settings]
+    columns += [[float(method in methods) for methods in on] for method in sorted(set().union(*on))]
+    return np.array(columns, dtype=float).reshape(len(columns), len(settings)).T
+
+
+def _scaled(value: float) -> float:
+    return math.copysign(math.log1p(abs(value)), value)
+
+
+def _idle(space: Sequence[Parameter]) -> list[dict[str, ParamValue]]:
+    """Settings that change nothing: parameters without an identity at their default and ends."""
+    if not any(parameter.identity is not None for parameter in space):
+        return []
+    found = []
+    for end in (None, 0, -1):
+        setting = {
+            one.name: one.identity
+            if one.identity is not None
+            else one.default
+            if end is None
+            else one.ends[end]
+            for one in space
+        }
+        if not active(space, setting) and setting not in found:
+            found.append(setting)
+    return found
+
+
+def _tamed(loss: float, budget: Budget) -> tuple[float, float]:
+    """The loss on the scale that is modelled, and the slope there: decibels are tame already."""
+    if budget.floor_db is not None:
+        return loss / 10, 0.1
+    unit = (budget.max_loss or 0.01) / 2
+    return math.asinh(loss / unit), 1 / (unit * math.hypot(1.0, loss / unit))
+
+
+def _expected_improvement(ahead: _Array, error: _Array) -> _Array:
+    ratio = ahead / error
+    density = np.exp(-0.5 * ratio**2) / math.sqrt(2 * math.pi)
+    return np.maximum(ahead * _below(ratio) + error * density, 0.0)
+
+
+def _below(value: _Array) -> _Array:
+    """The standard normal distribution function."""
+    return np.array([0.5 * math.erfc(-one / math.sqrt(2)) for one in value.tolist()])
