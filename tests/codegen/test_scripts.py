@@ -312,6 +312,7 @@ def test_a_script_says_where_its_numbers_come_from(scripts: dict[str, str]) -> N
     assert "accelerated by deepcache + tgate." in head
     assert "speedup     2.34x (95 %: 2.30 to 2.40)" in head
     assert "score loss  0.01, of 0.02 allowed" in head
+    assert "verified    not on prompts that the search never saw" in head
     assert "device      NVIDIA H200" in head
     assert "study       sd15-DDIM-50-deepcache, trial 7" in head
     assert "asked for   2x" in head
