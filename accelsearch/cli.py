@@ -97,6 +97,66 @@ def bounds(
     return code or (0 if any(one.best for one in found) else 1)
 
 
+@app.command(epilog="Example: accelsearch target studies/shapes-demo.toml --speedup 2 --speedup 3")
+def target(
+    plan: PlanFile,
+    speedup: Annotated[
+        list[float], typer.Option(min=0.01, help="A speedup to reach or exceed; repeatable.")
+    ],
+    closest: Annotated[
+        bool,
+        typer.Option("--closest", help="The nearest speedup that meets it, not the safest."),
+    ] = False,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="As --closest, and its interval must hold the speedup."),
+    ] = False,
+    scheduler: Annotated[str | None, typer.Option(help="One of the plan's schedulers.")] = None,
+    steps: Annotated[int | None, typer.Option(help="One of the plan's steps.")] = None,
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    trials: Annotated[
+        int | None, typer.Option(help="Trials a study, instead of the plan's.")
+    ] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Seconds a study may take.")] = None,
+    device: Device = None,
+) -> int:
+    """Find parameters that reach a speedup within the budget, the safest of them.
+
+    Trials that are stored answer first; a search looks only for what they do not. Exit code 1
+    where a speedup is not reached.
+    """
+    from accelsearch.configuration import load_plan
+
+    if closest and exact:
+        raise PlanError("one of --closest and --exact must be given, got both")
+    overrides: dict[str, Any] = {
+        "search.trials": trials,
+        "search.timeout_s": timeout_s,
+        "device": device,
+    }
+    overrides |= {
+        "schedulers": None if scheduler is None else [scheduler],
+        "steps": None if steps is None else [steps],
+    }
+    configurations = load_plan(plan, overrides).configurations()
+
+    from accelsearch.console import targets_table
+    from accelsearch.storage import open_storage
+
+    database = open_storage(storage)
+    choice = "exact" if exact else "closest" if closest else "safest"
+    found, code = [], 0
+    # The largest first: what reaches it may answer the others too.
+    for goal in sorted(set(speedup), reverse=True):
+        some, failed = _searched(configurations, database, artifacts, goal=goal, choice=choice)
+        found += some
+        code = max(code, failed)
+    if found:
+        _stdout().print(targets_table(found))
+    return code or (0 if found and all(one.answer for one in found) else 1)
+
+
 @app.command(epilog="Example: accelsearch worker PLAN --storage postgresql://host/db")
 def worker(
     plan: PlanFile,
@@ -678,7 +738,11 @@ def _one_setting(
 
 
 def _searched(
-    configurations: Sequence[Configuration], database: Any, artifacts: Path
+    configurations: Sequence[Configuration],
+    database: Any,
+    artifacts: Path,
+    goal: float | None = None,
+    choice: str = "safest",
 ) -> tuple[list[Found], int]:
     """Search one configuration after the other; what was found, and the exit code of failures."""
     from accelsearch.console import progress_on
@@ -689,7 +753,14 @@ def _searched(
         try:
             with progress_on(_stderr()) as progress:
                 found.append(
-                    search(configuration, database, artifacts=artifacts, progress=progress)
+                    search(
+                        configuration,
+                        database,
+                        artifacts=artifacts,
+                        goal=goal,
+                        choice=choice,
+                        progress=progress,
+                    )
                 )
         except StorageError:
             raise
