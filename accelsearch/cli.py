@@ -113,6 +113,12 @@ def target(
     ] = False,
     scheduler: Annotated[str | None, typer.Option(help="One of the plan's schedulers.")] = None,
     steps: Annotated[int | None, typer.Option(help="One of the plan's steps.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="One of the plan's sets of methods, as deepcache,tgate.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder to export to, as with `accelsearch export`.")
+    ] = None,
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
     trials: Annotated[
@@ -139,7 +145,7 @@ def target(
         "schedulers": None if scheduler is None else [scheduler],
         "steps": None if steps is None else [steps],
     }
-    configurations = load_plan(plan, overrides).configurations()
+    configurations = _with_methods(load_plan(plan, overrides).configurations(), methods)
 
     from accelsearch.console import targets_table
     from accelsearch.storage import open_storage
@@ -154,6 +160,13 @@ def target(
         code = max(code, failed)
     if found:
         _stdout().print(targets_table(found))
+    if found and out is not None:
+        from accelsearch.export import export as export_to
+
+        names = list(dict.fromkeys(one.study.name for one in found))
+        exported = export_to(database, out, artifacts=artifacts, names=names)
+        for file in (exported.bounds, exported.params, *exported.pictures):
+            typer.echo(file)
     return code or (0 if found and all(one.answer for one in found) else 1)
 
 
@@ -740,6 +753,22 @@ def _one_setting(
             f"({cells}); choose one with --scheduler and --steps"
         )
     return configurations[0], params
+
+
+def _with_methods(
+    configurations: tuple[Configuration, ...], methods: str | None
+) -> tuple[Configuration, ...]:
+    """Those of these methods, which are given as a list with commas; all, if none is given."""
+    if methods is None:
+        return configurations
+    wanted = tuple(sorted(name.strip() for name in methods.split(",") if name.strip()))
+    left = tuple(one for one in configurations if one.methods == wanted)
+    if not left:
+        sets = {",".join(one.methods) for one in configurations}
+        raise PlanError(
+            f"--methods must be one of the plan's sets, got {methods!r}{nearest(methods, sets)}"
+        )
+    return left
 
 
 def _searched(
