@@ -68,7 +68,7 @@ def measured(
     params: Mapping[str, ParamValue] | None = None,
     **beside: Scores,
 ) -> Measurement:
-    """A measurement of this speedup and of this CLIP score loss on both prompts; None: not scored."""
+    """A measurement of this speedup and this CLIP score loss, of two prompts; None: not scored."""
     clip = () if loss is None else (Scores("clip_score", (100.0,) * 2, (100.0 - 100 * loss,) * 2),)
     return Measurement(
         params=dict(PARAMS if params is None else params),
