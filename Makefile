@@ -8,7 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-sequential bench-full-size bench-record bench-scripts clean
+.PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
+  bench-record bench-scripts postgres postgres-stop clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,11 +33,20 @@ lint: $(VENV)/installed-dev ## ruff, mypy and import-linter
 bench: $(VENV)/installed ## Measure this project itself: the A/A control
 	$(BIN)/python benchmarks/control.py
 
+bench-scaling: $(VENV)/installed-dev ## Measure up to 64 workers on one PostgreSQL: 12 minutes
+	$(BIN)/python benchmarks/scaling.py
+
 bench-sequential: $(VENV)/installed ## Simulate the test of the budgets: its error rates, and the prompts it takes
 	$(BIN)/python benchmarks/sequential.py
 
 bench-full-size: $(VENV)/installed ## Measure the methods on full-size architectures: 15 minutes on one large GPU
 	$(BIN)/python benchmarks/full_size.py --profile --bundled
+
+postgres: $(VENV)/installed-postgres ## Start a PostgreSQL server in storage/pg, and print its URL
+	@storage/postgres.sh start
+
+postgres-stop: ## Stop it; its data stay
+	storage/postgres.sh stop
 
 bench-record: $(VENV)/installed ## Record the tables that searches are replayed against: minutes on one GPU
 	$(BIN)/python benchmarks/record.py --methods deepcache
@@ -60,6 +70,10 @@ $(VENV)/bin/python:
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-postgres: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[postgres]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -207,17 +207,22 @@ def worker(
     from accelsearch.storage import engine, open_storage
     from accelsearch.workers import device_told, stand_in, work
 
-    # Slurm and launchers end a process by this signal: give the trial back, as for Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
     make, where = stand_in(bench)
     database = open_storage(storage, patience_s=30)
     with Worker(engine(database), device=device_told(device), name=name) as this:
+
+        def stop(number: int, frame: object) -> None:
+            this.stopping = True
+            raise KeyboardInterrupt
+
+        # Slurm and launchers end a process by this signal: give the trial back, as for Ctrl-C.
+        signal.signal(signal.SIGTERM, stop)
         done = work(
             configurations,
             database,
             this,
             artifacts=artifacts,
-            progress_on=lambda: progress_on(_stderr()),
+            progress_on=lambda: progress_on(_stderr(), this.identity.name),
             where=where,
             bench=make,
         )
@@ -850,14 +855,6 @@ def _absolute(storage: str) -> str:
     kind, mark, path = storage.partition(":///")
     is_file = kind.startswith("sqlite") and mark and path and not path.startswith(("/", "file:"))
     return f"{kind}:///{Path(path).absolute()}" if is_file and path != ":memory:" else storage
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    import signal
-
-    # Once is enough: what follows gives the trial back.
-    signal.signal(signum, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:

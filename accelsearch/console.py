@@ -41,10 +41,13 @@ _PRUNED = (Outcome.OVER_BUDGET, Outcome.DOMINATED, Outcome.TOO_SLOW, Outcome.FAI
 
 
 @contextmanager
-def progress_on(console: Console) -> Iterator[Progress]:
-    """The progress display that suits where `console` writes to; gone at the exit, however made."""
+def progress_on(console: Console, worker: str | None = None) -> Iterator[Progress]:
+    """The progress display that suits where `console` writes to; gone at the exit, however made.
+
+    With the name of a `worker`, plain lines tell of its own trials alone.
+    """
     if not console.is_terminal:
-        yield PlainProgress(console)
+        yield PlainProgress(console, worker)
         return
     live = LiveProgress(console)
     try:
@@ -92,8 +95,9 @@ def _warning(trial: StoredTrial) -> str:
 class PlainProgress:
     """One line for each thing that happens: for pipes, logs and CI."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, worker: str | None = None) -> None:
         self._console = console
+        self._worker = worker
         self._told: set[int] = set()
 
     def study_started(self, study: StoredStudy, environment: Environment) -> None:
@@ -108,7 +112,8 @@ class PlainProgress:
     def trial_finished(self, study: StoredStudy) -> None:
         limit = study.configuration.search.trials
         for trial in _ended(study):
-            if trial.reused_from is None and trial.number not in self._told:
+            ours = self._worker in (None, trial.worker)
+            if ours and trial.reused_from is None and trial.number not in self._told:
                 self._print(f"  trial {trial.number} (limit {limit})  {told(trial)}")
             self._told.add(trial.number)
 

@@ -64,6 +64,8 @@ class Worker:
         )
         self.grace_s = grace_s
         self.trials = 0
+        self.stopping = False
+        """Set by a signal's handler: what it raises is lost where Python runs clean-up code."""
         self._engine = engine
         self._beat_s = beat_s
         self._claim: tuple[int, str] | None = None

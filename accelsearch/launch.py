@@ -25,7 +25,7 @@ from optuna.storages import BaseStorage
 from accelsearch.claims import WorkerRow, all_workers
 from accelsearch.errors import PlanError, UnsupportedError
 from accelsearch.gpus import Gpu, cores
-from accelsearch.heartbeat import GRACE_S, HUNG, Worker
+from accelsearch.heartbeat import GRACE_S, Worker
 from accelsearch.jobs import WorkerJob
 from accelsearch.reconcile import reconcile_all
 from accelsearch.storage import engine
@@ -212,9 +212,9 @@ def launch(
     with Worker(engine(storage), device="launcher", name=f"{crew.name}/launcher") as launcher:
         try:
             while not all(place.finished for place in crew.places):
+                _look(crew, storage, launcher)
                 for place in crew.places:
                     _tend(place, crew, start, arguments, watcher)
-                _look(crew, storage, launcher)
                 watcher.shown(crew)
                 time.sleep(poll_s)
         except KeyboardInterrupt:
@@ -252,13 +252,13 @@ def _tend(
     code = place.job.code()
     ended_in, place.job = place.job.id, None
     done_here = 0 if place.at_work is None else place.at_work.trials
+    farewell = "" if place.at_work is None else place.at_work.farewell
     place.trials, place.at_work = place.trials + done_here, None
     place.futile = 0 if done_here else place.futile + 1
     told = {
-        None: "was killed",
+        None: f"ended itself: {farewell}" if farewell else "was killed",
         0: "is done",
         1: "is done; not every configuration could be searched",
-        HUNG: "ended itself: its trial took too long",
         130: "was interrupted",
     }.get(code, f"ended with exit code {code}")
     told = f"{told} (job {ended_in})"

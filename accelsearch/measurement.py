@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ class Latency:
             if not (math.isfinite(latency_s) and latency_s > 0):
                 raise ValueError(f"a latency must be finite and > 0 s, got {latency_s!r}")
 
-    @property
+    @cached_property
     def speedup(self) -> float:
         """Baseline latency / accelerated latency; > 1 is faster.
 

@@ -9,7 +9,9 @@ or both its speedup and its losses are known well enough.
 
 from __future__ import annotations
 
+import gc
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -591,8 +593,14 @@ def _out_of_memory() -> Iterator[None]:
     """Turn a full GPU into a failed trial; the next setting may need less."""
     import torch
 
+    full = False
     try:
         yield
     except torch.OutOfMemoryError as error:
+        # What the failed call had in its hands is held by its traceback.
+        traceback.clear_frames(error.__traceback__)
+        full = True
+    if full:
+        gc.collect()
         torch.cuda.empty_cache()
-        raise TrialError("out of GPU memory") from error
+        raise TrialError("out of GPU memory")

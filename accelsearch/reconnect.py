@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import TrialState
 
 __all__ = ["PATIENCE_S", "PatientStorage", "patiently", "transient"]
@@ -35,6 +37,8 @@ def transient(error: BaseException | None) -> bool:
     """
     if isinstance(error, StorageInternalError):
         error = error.__cause__
+    if isinstance(error, sqlalchemy.exc.PendingRollbackError):
+        return True  # Optuna has gone on in a transaction that broke with its connection
     if not isinstance(error, sqlalchemy.exc.DBAPIError):
         return False
     if type(error.orig).__module__.startswith("sqlite3"):
@@ -55,7 +59,7 @@ def patiently(do: Callable[[], T], patience_s: float | None = None) -> T:
     while True:
         try:
             return do()
-        except (sqlalchemy.exc.DBAPIError, StorageInternalError) as error:
+        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
             if not transient(error) or time.monotonic() + pause_s > deadline:
                 raise
         time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
@@ -104,6 +108,35 @@ def _patient(name: str) -> Callable[..., Any]:
 
 class PatientStorage(RDBStorage):
     """Optuna's database storage, with the patience of `patiently` in every operation."""
+
+    def write_trial(
+        self,
+        trial_id: int,
+        user_attrs: Mapping[str, Any],
+        system_attrs: Mapping[str, Any],
+        intermediate_value: float | None,
+    ) -> None:
+        """Write attributes and the value of step 0 of a running trial: all of them, or none.
+
+        Raises:
+            optuna.exceptions.UpdateFinishedTrialError: the trial was finished by another.
+        """
+
+        def write() -> None:
+            with _create_scoped_session(self.scoped_session) as session:
+                kinds = (
+                    (models.TrialUserAttributeModel, user_attrs),
+                    (models.TrialSystemAttributeModel, system_attrs),
+                )
+                for model, attributes in kinds:
+                    for key, value in attributes.items():
+                        self._set_trial_attr_without_commit(session, model, trial_id, key, value)
+                if intermediate_value is not None:
+                    self._set_trial_intermediate_value_without_commit(
+                        session, trial_id, 0, intermediate_value
+                    )
+
+        patiently(write)
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None

@@ -12,6 +12,7 @@ import random
 import re
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -284,9 +285,7 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
 
 def engine(storage: BaseStorage) -> Engine:
     """The connections of an open storage, for tables of our own."""
-    inner = getattr(storage, "_backend", storage)  # Optuna wraps what it opens in a cache
-    assert isinstance(inner, RDBStorage)
-    return inner.engine
+    return _backend(storage).engine
 
 
 @contextmanager
@@ -388,25 +387,30 @@ def record(
     reused_from: int | None = None,
     resumes: int | None = None,
 ) -> None:
-    """Store what a running trial has found. Call it once, right before the trial ends.
+    """Store what a running trial has found, in one transaction. Call it right before it ends.
 
-    `violations` are Optuna's constraints, by metric; they are write-once, so they come last.
+    `violations` are Optuna's constraints, by metric.
+
+    Raises:
+        optuna.exceptions.UpdateFinishedTrialError: the trial was ended by another.
     """
-    trial.set_user_attr(_REASON, reason)
+    attributes: dict[str, Any] = {_REASON: reason, _OUTCOME: outcome.value}
     if seconds:
-        trial.set_user_attr(_SECONDS, {name: round(value, 3) for name, value in seconds.items()})
+        attributes[_SECONDS] = {name: round(value, 3) for name, value in seconds.items()}
     if reused_from is not None:
-        trial.set_user_attr(_REUSED, reused_from)
+        attributes[_REUSED] = reused_from
     if resumes is not None:
-        trial.set_user_attr(_RESUMES, resumes)
+        attributes[_RESUMES] = resumes
     if measurement is not None:
+        attributes[_MEASUREMENT] = measurement.to_dict()
+    _backend(trial.storage).write_trial(
+        trial._trial_id,
+        attributes,
+        # As `Trial.set_constraint` writes them, one transaction each.
+        {f"constraints:{metric}": float(value) for metric, value in (violations or {}).items()},
         # The same step for every trial: TPE ranks pruned ones by the last step reported.
-        trial.report(measurement.latency.speedup, step=0)
-        trial.set_user_attr(_MEASUREMENT, measurement.to_dict())
-    for metric, violation in (violations or {}).items():
-        trial.set_constraint(metric, violation)
-    # Last: it says that all the others are there.
-    trial.set_user_attr(_OUTCOME, outcome.value)
+        None if measurement is None else measurement.latency.speedup,
+    )
 
 
 def record_verification(
@@ -459,8 +463,8 @@ def complete_recorded(storage: BaseStorage, trial: FrozenTrial) -> bool:
 
 def give_up(storage: BaseStorage, trial: FrozenTrial, outcome: Outcome, reason: str) -> None:
     """End a running trial that nobody measures any more, because its worker is gone."""
-    for name, value in ((_REASON, reason), (_LOST, True), (_OUTCOME, outcome.value)):
-        storage.set_trial_user_attr(trial._trial_id, name, value)
+    attributes = {_REASON: reason, _LOST: True, _OUTCOME: outcome.value}
+    _backend(storage).write_trial(trial._trial_id, attributes, {}, None)
     storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
@@ -592,7 +596,9 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
         environment = Environment.from_dict(attributes[_ENVIRONMENT])
         count = attributes.get(_SETTINGS)
         settings = count if isinstance(count, int) else None
-        stored = StoredStudy(name, configuration, environment, tuple(map(_trial, trials)), settings)
+        stored = StoredStudy(
+            name, configuration, environment, tuple(map(_read_once, trials)), settings
+        )
         return replace(
             stored,
             verifications=_verifications(stored, attributes),
@@ -619,6 +625,24 @@ def _verifications(study: StoredStudy, attributes: Mapping[str, Any]) -> dict[in
             )
             found[number] = Verification(number, value["candidate"], judgement, scores)
     return found
+
+
+# Trials that have ended change no more, and a search reads its study twice a trial. By the identity
+# of Optuna's cached object, which is kept beside, so that no other object gets its number.
+_READ: OrderedDict[int, tuple[FrozenTrial, StoredTrial]] = OrderedDict()
+_READ_LIMIT = 50_000
+
+
+def _read_once(trial: FrozenTrial) -> StoredTrial:
+    known = _READ.get(id(trial))
+    if known is not None and known[0] is trial:
+        return known[1]
+    read = _trial(trial)
+    if trial.state.is_finished():
+        _READ[id(trial)] = (trial, read)
+        while len(_READ) > _READ_LIMIT:
+            _READ.popitem(last=False)
+    return read
 
 
 def _trial(trial: FrozenTrial) -> StoredTrial:
@@ -691,6 +715,12 @@ def _sqlite_file(parsed: URL) -> Path | None:
     if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
         return None
     return Path(parsed.database)
+
+
+def _backend(storage: BaseStorage) -> PatientStorage:
+    inner = getattr(storage, "_backend", storage)  # Optuna wraps what it opens in a cache
+    assert isinstance(inner, PatientStorage)
+    return inner
 
 
 def _opened(

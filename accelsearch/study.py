@@ -239,6 +239,8 @@ class _Search:
         study.sampler = _sampler(self._settings, len(self._stored.trials) + self._lane)
         self._deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
         self._repeated = False
+        self._keys: dict[int, Setting] = {}
+        self._noise_of: tuple[int, float | None] | None = None
         progress.study_started(self._stored, environment)
 
     def run(self) -> Found:
@@ -303,6 +305,10 @@ class _Search:
         """The study as stored, but with the limits of this search instead of the first one's."""
         return replace(read_study(self._study), configuration=self._configuration)
 
+    def _known(self) -> dict[Setting, StoredTrial]:
+        """What is measured already, by setting."""
+        return _settings(self._space, self._stored, self._keys)
+
     def _why_stop(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
         """Why the search is over, and what others still measure; None where it is not."""
         stored, settings = self._stored, self._settings
@@ -322,7 +328,7 @@ class _Search:
             return (OTHERS, claimed) if claimed else (_exhausted(size), ())
         others = {_setting(self._space, one) for one in claimed}
         if others:
-            tried = _settings(self._space, stored).keys() | others
+            tried = self._known().keys() | others
             if len(measured) + len(others) >= settings.trials or len(tried) == size:
                 return OTHERS, claimed
         chosen = self._choose(others)
@@ -334,7 +340,7 @@ class _Search:
     def _choose(self, others: Collection[Setting]) -> dict[str, ParamValue] | str | None:
         """The setting to measure next, or why there is none; None leaves it to the sampler."""
         space, stored = self._space, self._stored
-        known = _settings(space, stored)
+        known = self._known()
         tried = known.keys() | others
         for one in self._reopened():
             if _setting(space, one.params) not in others:
@@ -425,12 +431,18 @@ class _Search:
         return None if interval is None else interval[0]
 
     def _noise(self) -> float | None:
-        return pair_noise(
-            one.measurement.latency for one in _measured(self._stored) if one.measurement
-        )
+        # Asked for several times a turn, and told by trials that have ended alone.
+        ended = sum(one.outcome is not Outcome.RUNNING for one in self._stored.trials)
+        if self._noise_of is None or self._noise_of[0] != ended:
+            measured = (one.measurement for one in _measured(self._stored))
+            noise = pair_noise(one.latency for one in measured if one is not None)
+            self._noise_of = (ended, noise)
+        return self._noise_of[1]
 
     def _turn(self) -> None:
         """Measure one setting."""
+        if self._worker.stopping:
+            raise KeyboardInterrupt
         running = take(
             self._study,
             self._space,
@@ -474,15 +486,22 @@ class _Search:
         tried = len(stored.verifications)
         if best is None or best.number in stored.verifications or tried >= _CANDIDATES_VERIFIED:
             return False
+        # One worker does so; the others wait for what comes of it.
+        if not self._worker.claim(self._study._study_id, {"verify": best.number}):
+            return False
         try:
-            scores = self._bench.held_out_scores(best.params)
+            self._stored = self._read()
+            if best.number not in self._stored.verifications:
+                scores = self._bench.held_out_scores(best.params)
+                record_verification(self._study, best.number, tried, scores)
+                self._stored = self._read()
         except BaselineError:
             raise
         except TrialError as error:
             self._progress.warned(f"trial {best.number} cannot be verified: {error}")
             return False
-        record_verification(self._study, best.number, tried, scores)
-        self._stored = self._read()
+        finally:
+            self._worker.release()
         verification = self._stored.verifications[best.number]
         self._progress.verified(self._stored, verification)
         return not verification.verified
@@ -505,7 +524,7 @@ class _Trial:
         params = effective(space, {one.name: _suggest(trial, one) for one in space})
         self._progress.trial_started(params)
         setting = _setting(space, params)
-        stored = _settings(space, self._stored).get(setting)
+        stored = search._known().get(setting)
         reopened = {one.number for one in search._reopened()}
         if stored is not None and stored.number not in reopened:
             self.repeated = True
@@ -696,9 +715,16 @@ def _measured(stored: StoredStudy) -> list[StoredTrial]:
     return [trial for trial in stored.current if trial.outcome not in unfinished]
 
 
-def _settings(space: Sequence[Parameter], stored: StoredStudy) -> dict[Setting, StoredTrial]:
-    """What is measured already, by setting."""
-    return {_setting(space, trial.params): trial for trial in _measured(stored)}
+def _settings(
+    space: Sequence[Parameter], stored: StoredStudy, keys: dict[int, Setting]
+) -> dict[Setting, StoredTrial]:
+    """What is measured already, by setting; `keys` keeps the settings of the study's trials."""
+    found = {}
+    for trial in _measured(stored):
+        if trial.number not in keys:
+            keys[trial.number] = _setting(space, trial.params)
+        found[keys[trial.number]] = trial
+    return found
 
 
 def _lost(space: Sequence[Parameter], stored: StoredStudy) -> list[dict[str, ParamValue]]:

@@ -78,6 +78,8 @@ def work(
     done = Done()
     kept = _Kept(bench)
     while jobs:
+        if worker.stopping:
+            raise KeyboardInterrupt
         open_jobs = [job for job in jobs if not job.pending or _falls_to_us(job, storage, worker)]
         jobs = [job for job in jobs if job in open_jobs or job.pending]
         if not open_jobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
@@ -595,3 +596,21 @@ def test_a_model_that_is_none_is_found_before_anything_is_loaded(
     with pytest.raises(ModelError, match=told):
         Bench(configuration, said.append)
     assert said == []
+
+
+def test_what_a_call_without_memory_had_made_is_freed_before_the_next_trial() -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def call() -> None:
+        image = torch.zeros(8)
+        kept.append(weakref.ref(image))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    error: TrialError | None = None
+    try:
+        with objective._out_of_memory():
+            call()
+    except TrialError as raised:
+        error = raised  # as the search keeps it until the next trial
+    assert str(error) == "out of GPU memory"
+    assert kept[0]() is None

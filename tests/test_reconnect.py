@@ -1,0 +1,175 @@
+"""A storage that outlasts its server, and does nothing twice."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import psycopg
+import pytest
+import sqlalchemy
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from accelsearch import reconnect
+from accelsearch.reconnect import PatientStorage, patiently, transient
+from accelsearch.storage import engine, open_storage
+
+
+def gone(original: BaseException | None = None) -> sqlalchemy.exc.DBAPIError:
+    original = original or psycopg.OperationalError("server closed the connection unexpectedly")
+    return sqlalchemy.exc.OperationalError("SELECT 1", {}, original)
+
+
+def wrapped(error: BaseException) -> StorageInternalError:
+    outer = StorageInternalError("Optuna's")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (gone(), True),
+        (wrapped(gone()), True),
+        (wrapped(sqlalchemy.exc.PendingRollbackError("after gone()")), True),
+        (gone(psycopg.errors.AdminShutdown("terminating connection")), True),
+        (gone(sqlite3.OperationalError("database is locked")), True),
+        (gone(sqlite3.OperationalError("database or disk is full")), False),
+        (gone(sqlite3.OperationalError("no such table: trials")), False),
+        (sqlalchemy.exc.ProgrammingError("", {}, psycopg.errors.UndefinedTable("no")), False),
+        (sqlalchemy.exc.IntegrityError("", {}, psycopg.errors.UniqueViolation("no")), False),
+        (ValueError("ours"), False),
+        (wrapped(ValueError("ours")), False),
+    ],
+)
+def test_only_what_may_pass_by_itself_is_transient(error: BaseException, expected: bool) -> None:
+    assert transient(error) is expected
+
+
+def test_an_operation_is_repeated_until_the_database_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(reconnect.time, "sleep", pauses.append)
+    left = [gone(), wrapped(gone()), gone(), gone(), gone(), gone(), gone(), gone()]
+
+    def do() -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    assert patiently(do) == "done"
+    assert len(pauses) == 8
+    assert pauses[0] <= 0.1
+    assert max(pauses) <= 5.0
+    assert sum(pauses[4:]) > sum(pauses[:4])
+
+
+def test_the_last_error_is_raised_when_patience_is_over() -> None:
+    error = gone()
+
+    def do() -> None:
+        raise error
+
+    began = time.monotonic()
+    with pytest.raises(sqlalchemy.exc.OperationalError) as raised:
+        patiently(do, patience_s=0.3)
+    assert raised.value is error
+    assert time.monotonic() - began < 2
+
+
+def test_what_is_no_matter_of_time_is_raised_at_once() -> None:
+    tries = []
+
+    def do() -> None:
+        tries.append(1)
+        raise gone(sqlite3.OperationalError("database or disk is full"))
+
+    with pytest.raises(sqlalchemy.exc.OperationalError):
+        patiently(do)
+    assert len(tries) == 1
+
+
+def lost_answers(monkeypatch: pytest.MonkeyPatch, method: str) -> list[str]:
+    """Let every first call of a method do its work, and fail as if the answer were lost."""
+    real: Callable[..., Any] = getattr(RDBStorage, method)
+    lost: list[str] = []
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = real(self, *args, **kwargs)
+        if not lost:
+            lost.append(method)
+            raise wrapped(gone())
+        return result
+
+    monkeypatch.setattr(RDBStorage, method, call)
+    return lost
+
+
+def test_a_trial_that_was_ended_by_a_call_whose_answer_was_lost_is_ended_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = PatientStorage("sqlite://")
+    study = optuna.create_study(storage=storage)
+    trial = study.ask()
+    lost = lost_answers(monkeypatch, "set_trial_state_values")
+    study.tell(trial, 1.5)
+    assert lost
+    assert [(one.state, one.value) for one in study.trials] == [(TrialState.COMPLETE, 1.5)]
+
+
+def test_a_trial_that_another_has_ended_is_told_so() -> None:
+    storage = PatientStorage("sqlite://")
+    trial = optuna.create_study(storage=storage).ask()
+    storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    with pytest.raises(UpdateFinishedTrialError):
+        storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+
+
+@pytest.mark.postgres
+def test_every_operation_outlasts_a_restart_of_the_server(postgres: Any) -> None:
+    storage = open_storage(postgres.new_database())
+    study = optuna.create_study(storage=storage)
+    trials = []
+    done = threading.Event()
+
+    def restart() -> None:
+        for _ in range(2):
+            time.sleep(0.5)
+            postgres.restart()
+        done.set()
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    try:
+        while not done.is_set() or len(trials) < 20:
+            trial = study.ask()
+            trial.suggest_float("x", 0, 1)
+            trial.set_user_attr("told", len(trials))
+            trial.report(1.0, step=0)
+            trial.set_constraint("c", -1.0)
+            study.tell(trial, float(len(trials)))
+            trials.append(trial.number)
+    finally:
+        thread.join()
+    stored = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    assert [trial.value for trial in stored] == [float(one) for one in range(len(trials))]
+    assert {trial.user_attrs["told"] for trial in stored} == set(range(len(trials)))
+
+
+@pytest.mark.postgres
+def test_a_worker_keeps_one_connection_between_two_trials(postgres: Any) -> None:
+    url = postgres.new_database()
+    storage = open_storage(url)
+    storages = [open_storage(url) for _ in range(3)]
+    for one in storages:
+        one.get_all_studies()
+    with engine(storage).connect() as connection:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        assert connection.execute(sqlalchemy.text(query)).scalar() == 4

@@ -1,0 +1,212 @@
+"""Which configuration of a plan a worker takes, and when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from accelsearch import claims
+from accelsearch import workers as module
+from accelsearch.configuration import SearchSettings
+from accelsearch.errors import PlanError, UnsupportedError
+from accelsearch.heartbeat import Worker
+from accelsearch.objective import Bench, environment_of
+from accelsearch.storage import create_study, engine, open_storage
+from accelsearch.study import OTHERS, Progress, Silent
+from accelsearch.workers import device_told, stand_in, work
+from tests.standin import StandIn
+from tests.stored import configured, new_database
+
+
+class Loads(StandIn):
+    """Counts what is loaded."""
+
+    loaded: list[int]
+
+    def __init__(self, configuration: Any, say: Any) -> None:
+        super().__init__(configuration, say)
+        self.loaded.append(configuration.steps)
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded() -> None:
+    Loads.loaded = []
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Any:
+    return open_storage(new_database(tmp_path))
+
+
+@contextmanager
+def silent() -> Iterator[Progress]:
+    yield Silent()
+
+
+def plan(*steps: int, trials: int = 3, **fields: Any) -> list[Any]:
+    search = SearchSettings(trials=trials, sampler="random")
+    return [configured(model="shapes", steps=one, search=search, **fields) for one in steps]
+
+
+def day(storage: Any, worker: Worker, configurations: list[Any], bench: Any = Loads) -> Any:
+    return work(
+        configurations,
+        storage,
+        worker,
+        artifacts=Path(storage._backend.url.removeprefix("sqlite:///")).parent / "artifacts",
+        progress_on=silent,
+        where=StandIn.environment,
+        bench=bench,
+        poll_s=0.05,
+    )
+
+
+def studies(storage: Any) -> dict[int, optuna.Study]:
+    """The studies by their steps."""
+    found = {}
+    for one in storage.get_all_studies():
+        study = optuna.load_study(study_name=one.study_name, storage=storage)
+        found[study.user_attrs["configuration"]["steps"]] = study
+    return found
+
+
+def test_a_worker_searches_every_configuration_and_loads_each_once(storage: Any) -> None:
+    with Worker(engine(storage)) as worker:
+        done = day(storage, worker, plan(10, 20))
+    assert sorted(Loads.loaded) == [10, 20]
+    assert {found.stopped for found in done.found.values()} == {"the limit of 3 trials"}
+    assert {len(study.trials) for study in studies(storage).values()} == {3}
+
+
+def test_what_is_done_is_not_loaded_again(storage: Any) -> None:
+    with Worker(engine(storage)) as worker:
+        day(storage, worker, plan(10))
+        Loads.loaded.clear()
+        day(storage, worker, plan(10, 20))
+    assert Loads.loaded == [20]
+
+
+def test_a_worker_takes_the_configuration_with_the_fewest_workers_for_what_is_left(
+    storage: Any,
+) -> None:
+    configurations = plan(10, 20, 30, trials=30)
+    made = [
+        create_study(storage, one, StandIn.environment(one), optuna.samplers.RandomSampler())
+        for one in configurations
+    ]
+    jobs = [module._Job(one, StandIn.environment(one)) for one in configurations]
+    with (
+        Worker(engine(storage)) as one,
+        Worker(engine(storage)) as two,
+        Worker(engine(storage)) as me,
+    ):
+        one.at(made[0]._study_id)
+        two.at(made[2]._study_id)
+        assert module._neediest(jobs, storage, me).configuration.steps == 20
+        two.at(made[1]._study_id)
+        assert module._neediest(jobs, storage, me).configuration.steps == 30
+
+
+def test_a_configuration_that_cannot_be_searched_is_told_and_the_others_go_on(
+    storage: Any,
+) -> None:
+    class Refuses(Loads):
+        def __init__(self, configuration: Any, say: Any) -> None:
+            super().__init__(configuration, say)
+            if configuration.steps == 10:
+                raise UnsupportedError("not this one")
+
+    with Worker(engine(storage)) as worker:
+        done = day(storage, worker, plan(10, 20), Refuses)
+    assert [str(error) for error in done.failed.values()] == ["not this one"]
+    assert len(done.found) == 1
+
+
+def test_a_worker_waits_for_what_others_measure_and_takes_over_what_they_leave(
+    storage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (configuration,) = plan(10, trials=1)
+    study = create_study(
+        storage, configuration, StandIn.environment(None), optuna.samplers.RandomSampler()
+    )
+    default = {"cache_interval": 3, "cache_branch_id": 0}
+    with Worker(engine(storage)) as other, Worker(engine(storage)) as worker:
+        assert other.claim(study._study_id, default)
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 3:
+                other.release()
+
+        monkeypatch.setattr(module.time, "sleep", pause)
+        stopped = []
+
+        class Watched(Silent):
+            def study_finished(self, found: Any) -> None:
+                stopped.append(found.stopped)
+
+        done = work(
+            [configuration],
+            storage,
+            worker,
+            artifacts=Path(storage._backend.url.removeprefix("sqlite:///")).parent,
+            progress_on=lambda: _as_context(Watched()),
+            where=StandIn.environment,
+            bench=Loads,  # type: ignore[arg-type]
+            poll_s=0.05,
+        )
+    assert stopped == [OTHERS, "the limit of 1 trials"]
+    assert pauses.count(0.05) == 3
+    (found,) = done.found.values()
+    assert [trial.params for trial in found.study.trials] == [default]
+
+
+@contextmanager
+def _as_context(progress: Progress) -> Iterator[Progress]:
+    yield progress
+
+
+def test_a_worker_that_was_told_to_stop_does_even_if_the_signal_was_lost(storage: Any) -> None:
+    class Interrupted(Loads):
+        def measure(self, params: Any, **question: Any) -> Any:
+            worker.stopping = True  # and no exception
+            return super().measure(params, **question)
+
+    with Worker(engine(storage)) as worker, pytest.raises(KeyboardInterrupt):
+        day(storage, worker, plan(10), Interrupted)
+    (study,) = studies(storage).values()
+    assert len(study.trials) == 1
+    assert claims.all_workers(engine(storage)) == ()
+
+
+def test_the_bench_of_a_test_is_imported_by_name() -> None:
+    assert stand_in(None) == (Bench, environment_of)
+    assert stand_in("tests.standin:StandIn") == (StandIn, StandIn.environment)
+    for wrong in ("tests.standin", "tests.nothing:StandIn", "tests.standin:Nothing"):
+        with pytest.raises(PlanError, match="MODULE:NAME"):
+            stand_in(wrong)
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "told"),
+    [
+        (None, "2", "GPU 2"),
+        (None, "", "CPU"),
+        ("cpu", "2", "CPU"),
+        (None, None, "auto"),
+        ("cuda:1", None, "cuda:1"),
+    ],
+)
+def test_a_worker_says_what_it_measures_on(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, visible: str | None, told: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device_told(device) == told
