@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-sequential bench-full-size bench-record clean
+.PHONY: help demo test test-slow lint bench bench-sequential bench-full-size bench-record bench-replay clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench-full-size: $(VENV)/installed ## Measure the methods on full-size architect
 bench-record: $(VENV)/installed ## Record the tables that searches are replayed against: minutes on one GPU
 	$(BIN)/python benchmarks/record.py --methods deepcache
 	$(BIN)/python benchmarks/record.py --methods deepcache,tgate
+
+bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: about 10 minutes on one core
+	$(BIN)/python benchmarks/replay.py --out docs/images/replay.svg
 
 clean: ## Remove the virtual environment and all caches, but no results
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -56,7 +56,7 @@ BUDGETS = ("ssim=0.03:0.2", "clip_score=0.005:0.1")
 MIN_PAIRS, MAX_PAIRS, PRECISION = 6, 40, 0.03  # the product's
 FIRST_LOOK = 8  # prompts
 SIGMAS = 4.0  # below the speedup to beat, with fewer pairs than an interval takes
-WARM = True
+WARM_UP_ERROR = 0.2  # of the log speedup that a warm-up call tells, where nothing was timed
 RESIDUALS = 10  # degrees of freedom from which the pooled noise is trusted
 REACHED = 0.98
 
@@ -188,7 +188,7 @@ class Trial:
     seen: int = 0
     verdict: Verdict = Verdict.UNDECIDED
     ended: str = ""  # "complete", "over budget", "dominated", "failed", "pruned"
-    warm: float = math.nan
+    warmup: float = math.nan  # log speedup
     speedup: float = math.nan  # once ended, if timed
 
     @property
@@ -226,18 +226,16 @@ class Search:
         trial = Trial(setting)
         self.trials.append(trial)
         self.call(trial)
-        table = self.table
-        trial.warm = math.log(table.speedup[setting]) + float(self.rng.choice(table.residuals))
         if self.table.failed[setting]:
             trial.ended = "failed"
+        else:
+            trial.warmup = self._drawn(setting)
         return trial
 
     def pair(self, trial: Trial) -> None:
         """A timed pair."""
-        table = self.table
-        residual = self.rng.choice(table.residuals) * self.rng.choice((-1, 1))
-        trial.ratios.append(math.log(table.speedup[trial.setting]) + residual)
-        self.spent_s += table.baseline_s * self.batch
+        trial.ratios.append(self._drawn(trial.setting))
+        self.spent_s += self.table.baseline_s * self.batch
         # The baseline call of a pair makes images of the prompts that its other call makes.
         self._baseline_images = max(
             self._baseline_images, min(trial.seen + self.batch, self._prompts)
@@ -272,6 +270,10 @@ class Search:
     def beat(self) -> float | None:
         kept = self.kept()
         return kept[0].speedup if kept else None
+
+    def _drawn(self, setting: int) -> float:
+        residual = self.rng.choice(self.table.residuals) * self.rng.choice((-1, 1))
+        return math.log(self.table.speedup[setting]) + float(residual)
 
     def call(self, trial: Trial) -> None:
         """An accelerated call, whose images are scored if their prompts were not seen yet."""
@@ -359,7 +361,10 @@ def _dominated(search: Search, trial: Trial, beat: float) -> bool:
 def _observation(search: Search, trial: Trial) -> Observation:
     noise, freedom = _pooled(search)
     pairs, seen = len(trial.ratios), trial.seen
-    error = (noise if freedom else 0.1) / math.sqrt(max(pairs, 1))
+    log_speedup, error = trial.warmup, WARM_UP_ERROR
+    if pairs:
+        log_speedup = math.log(trial.speedup)
+        error = (noise if freedom else WARM_UP_ERROR) / math.sqrt(pairs)
     losses = {}
     if seen > 1:
         unseen = math.sqrt(1 - seen / search.table.losses["search"].shape[2])
@@ -367,9 +372,6 @@ def _observation(search: Search, trial: Trial) -> Observation:
             if np.isfinite(rows).all():
                 spread = float(rows.std(ddof=1)) / math.sqrt(seen) * unseen
                 losses[budget.metric] = (float(rows.mean()), spread)
-    log_speedup = math.log(trial.speedup) if pairs else math.nan
-    if not pairs and WARM and trial.ended != "failed":
-        log_speedup, error = trial.warm, 0.2
     return Observation(search.table.settings[trial.setting], log_speedup, error, losses)
 
 
