@@ -199,8 +199,8 @@ class Trial:
 class Search:
     """One run of one strategy on a table: its random order and noise, its clock and its trials."""
 
-    def __init__(self, table: Table, seed: int, batch: int, precision: float = PRECISION) -> None:
-        self.table, self.batch, self.precision = table, batch, precision
+    def __init__(self, table: Table, seed: int, batch: int, max_pairs: int = MAX_PAIRS) -> None:
+        self.table, self.batch, self.max_pairs = table, batch, max_pairs
         self.rng = np.random.default_rng(seed)
         self.spent_s = 0.0
         self.trials: list[Trial] = []
@@ -318,16 +318,16 @@ class Ours:
                 if trial.verdict is Verdict.OVER:
                     trial.ended = "over budget"
             if not trial.ended:
-                if trial.verdict is not Verdict.UNDECIDED and _timed(trial, search.precision):
+                if trial.verdict is not Verdict.UNDECIDED and _timed(trial, search.max_pairs):
                     trial.ended = "complete"
-                elif _timed(trial, search.precision):
+                elif _timed(trial, search.max_pairs):
                     search.call(trial)
                 else:
                     search.pair(trial)
         search.end(trial)
 
 
-def _timed(trial: Trial, precision: float) -> bool:
+def _timed(trial: Trial, max_pairs: int) -> bool:
     pairs = len(trial.ratios)
     if pairs < MIN_PAIRS:
         return False
@@ -335,7 +335,7 @@ def _timed(trial: Trial, precision: float) -> bool:
     if interval is None:
         return False
     return (
-        pairs >= MAX_PAIRS or (interval[1] - interval[0]) / 2 <= precision * trial.latency.speedup
+        pairs >= max_pairs or (interval[1] - interval[0]) / 2 <= PRECISION * trial.latency.speedup
     )
 
 
@@ -507,10 +507,15 @@ class Result:
 
 
 def replayed(
-    table: Table, strategy: Callable[[Search, int], None], seed: int, batch: int, limit: int
+    table: Table,
+    strategy: Callable[[Search, int], None],
+    seed: int,
+    batch: int,
+    limit: int,
+    max_pairs: int = MAX_PAIRS,
 ) -> Result:
     """One run."""
-    search = Search(table, seed, batch)
+    search = Search(table, seed, batch, max_pairs)
     strategy(search, limit)
     whole_s = traversal_s(table, batch)
     curve = tuple((spent_s / whole_s, share) for spent_s, share in search.history)
@@ -579,6 +584,7 @@ def main() -> int:
     parser.add_argument("--stock-seeds", type=int, default=20, help="of the other stock samplers")
     parser.add_argument("--trials", type=int, default=60, help="of one run of a sampler at most")
     parser.add_argument("--batch", type=int, default=16, help="prompts of one call")
+    parser.add_argument("--max-pairs", type=int, default=MAX_PAIRS, help="of one setting, by ours")
     parser.add_argument("--noise", type=float, default=1.0, help="scales the recorded noise")
     parser.add_argument("--out", type=Path, help="an .svg of what is reached at which cost")
     options = parser.parse_args()
@@ -598,9 +604,9 @@ def main() -> int:
             panels[title] = {}
             for name in options.strategy or STRATEGIES:
                 count = _seeds(name, options)
+                limits = (options.batch, options.trials, options.max_pairs)
                 results = [
-                    replayed(table, STRATEGIES[name], seed, options.batch, options.trials)
-                    for seed in range(count)
+                    replayed(table, STRATEGIES[name], seed, *limits) for seed in range(count)
                 ]
                 panels[title][name] = results
                 print(row_of(name, results), flush=True)
@@ -644,8 +650,10 @@ def told(table: Table, batch: int) -> str:
     )
 
 
-COLOURS = ("#888888", "#bbbbbb", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377", "#ee6677")
-COSTS = np.logspace(-2.7, 0, 200)
+_GREYS, _BLACK = ("#888888", "#bbbbbb"), "#000000"
+_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377", "#ee6677")
+COLOURS = dict(zip(STRATEGIES, (*_GREYS, *_COLOURS, _BLACK), strict=True))
+COSTS = np.logspace(-2.7, 0, 80)
 
 
 def drawn(panels: dict[str, dict[str, list[Result]]]) -> str:
@@ -667,20 +675,25 @@ def drawn(panels: dict[str, dict[str, list[Result]]]) -> str:
                 f'<path d="M{x0} {y:.1f}h{width}" stroke="#ddd"/>'
                 f'<text x="{x0 - 6}" y="{y + 4:.1f}" text-anchor="end">{share:.0%}</text>'
             )
-        for line, (name, results) in enumerate(runs.items()):
-            colour = COLOURS[list(STRATEGIES).index(name) % len(COLOURS)]
+        for name, results in runs.items():
             points = " ".join(
                 f"{x0 + _across(cost) * width:.1f},{y0 + (1 - _up(share)) * height:.1f}"
                 for cost, share in zip(COSTS, _medians(results), strict=True)
             )
             parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                f'<text x="{x0 + 8}" y="{y0 + 16 + 14 * line}" fill="{colour}">{name}</text>'
+                f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" '
+                f'stroke-width="{3 if name == "ours" else 2}"/>'
             )
-    rows = (len(panels) + 1) // 2
-    size = (left + 2 * (width + gap), 60 + rows * (height + gap + 20))
+    top = 40 + (len(panels) + 1) // 2 * (height + gap + 20)
+    names = [name for name in STRATEGIES if any(name in runs for runs in panels.values())]
+    parts += [
+        f'<text x="{left + index % 5 * 190}" y="{top + index // 5 * 16}" fill="{COLOURS[name]}">'
+        f"{name}</text>"
+        for index, name in enumerate(names)
+    ]
+    size = (left + 2 * (width + gap), top + 60)
     caption = (
-        f'<text x="{left}" y="{size[1] - 10}">GPU seconds, as a share of the traversal; upwards: '
+        f'<text x="{left}" y="{top + 44}">GPU seconds, as a share of the traversal; upwards: '
         "the median speedup found, as a share of the reference</text>"
     )
     return (
