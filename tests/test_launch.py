@@ -77,7 +77,8 @@ class Launch:
         """A worker that measures, once there is one."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            claimed = {claim.worker for claim in all_claims(self.connections)}
+            begun = (claim for claim in all_claims(self.connections) if claim.age_s > 1)
+            claimed = {claim.worker for claim in begun}
             for row in self.workers():
                 if row.identity.id in claimed and row.identity.pid not in but:
                     return row.identity
