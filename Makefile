@@ -49,8 +49,8 @@ postgres-stop: ## Stop it; its data stay
 	storage/postgres.sh stop
 
 bench-record: $(VENV)/installed ## Record the tables that searches are replayed against: minutes on one GPU
-	$(BIN)/python benchmarks/record.py --methods deepcache
-	$(BIN)/python benchmarks/record.py --methods deepcache,tgate
+	$(BIN)/python benchmarks/record.py --methods compile,deepcache
+	$(BIN)/python benchmarks/record.py --methods compile,deepcache,tgate
 
 bench-scripts: $(VENV)/installed ## Generate the demo's scripts, and run each beside what was measured
 	$(BIN)/accelsearch run studies/shapes-demo.toml --out storage/demo

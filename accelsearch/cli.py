@@ -97,6 +97,79 @@ def bounds(
     return code or (0 if any(one.best for one in found) else 1)
 
 
+@app.command(epilog="Example: accelsearch target studies/shapes-demo.toml --speedup 2 --speedup 3")
+def target(
+    plan: PlanFile,
+    speedup: Annotated[
+        list[float], typer.Option(min=0.01, help="A speedup to reach or exceed; repeatable.")
+    ],
+    closest: Annotated[
+        bool,
+        typer.Option("--closest", help="The nearest speedup that meets it, not the safest."),
+    ] = False,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="As --closest, and its interval must hold the speedup."),
+    ] = False,
+    scheduler: Annotated[str | None, typer.Option(help="One of the plan's schedulers.")] = None,
+    steps: Annotated[int | None, typer.Option(help="One of the plan's steps.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="One of the plan's sets of methods, as deepcache,tgate.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder to export to, as with `accelsearch export`.")
+    ] = None,
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    trials: Annotated[
+        int | None, typer.Option(help="Trials a study, instead of the plan's.")
+    ] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Seconds a study may take.")] = None,
+    device: Device = None,
+) -> int:
+    """Find parameters that reach a speedup within the budget, the safest of them.
+
+    Trials that are stored answer first; a search looks only for what they do not. Exit code 1
+    where a speedup is not reached.
+    """
+    from accelsearch.configuration import load_plan
+
+    if closest and exact:
+        raise PlanError("one of --closest and --exact must be given, got both")
+    overrides: dict[str, Any] = {
+        "search.trials": trials,
+        "search.timeout_s": timeout_s,
+        "device": device,
+    }
+    overrides |= {
+        "schedulers": None if scheduler is None else [scheduler],
+        "steps": None if steps is None else [steps],
+    }
+    configurations = _with_methods(load_plan(plan, overrides).configurations(), methods)
+
+    from accelsearch.console import targets_table
+    from accelsearch.storage import open_storage
+
+    database = open_storage(storage)
+    choice = "exact" if exact else "closest" if closest else "safest"
+    found, code = [], 0
+    # The largest first: what reaches it may answer the others too.
+    for goal in sorted(set(speedup), reverse=True):
+        some, failed = _searched(configurations, database, artifacts, goal=goal, choice=choice)
+        found += some
+        code = max(code, failed)
+    if found:
+        _stdout().print(targets_table(found))
+    if found and out is not None:
+        from accelsearch.export import export as export_to
+
+        names = list(dict.fromkeys(one.study.name for one in found))
+        exported = export_to(database, out, artifacts=artifacts, names=names)
+        for file in (exported.bounds, exported.params, *exported.pictures):
+            typer.echo(file)
+    return code or (0 if found and all(one.answer for one in found) else 1)
+
+
 @app.command(epilog="Example: accelsearch worker PLAN --storage postgresql://host/db")
 def worker(
     plan: PlanFile,
@@ -682,8 +755,28 @@ def _one_setting(
     return configurations[0], params
 
 
+def _with_methods(
+    configurations: tuple[Configuration, ...], methods: str | None
+) -> tuple[Configuration, ...]:
+    """Those of these methods, which are given as a list with commas; all, if none is given."""
+    if methods is None:
+        return configurations
+    wanted = tuple(sorted(name.strip() for name in methods.split(",") if name.strip()))
+    left = tuple(one for one in configurations if one.methods == wanted)
+    if not left:
+        sets = {",".join(one.methods) for one in configurations}
+        raise PlanError(
+            f"--methods must be one of the plan's sets, got {methods!r}{nearest(methods, sets)}"
+        )
+    return left
+
+
 def _searched(
-    configurations: Sequence[Configuration], database: Any, artifacts: Path
+    configurations: Sequence[Configuration],
+    database: Any,
+    artifacts: Path,
+    goal: float | None = None,
+    choice: str = "safest",
 ) -> tuple[list[Found], int]:
     """Search one configuration after the other; what was found, and the exit code of failures."""
     from accelsearch.console import progress_on
@@ -694,7 +787,14 @@ def _searched(
         try:
             with progress_on(_stderr()) as progress:
                 found.append(
-                    search(configuration, database, artifacts=artifacts, progress=progress)
+                    search(
+                        configuration,
+                        database,
+                        artifacts=artifacts,
+                        goal=goal,
+                        choice=choice,
+                        progress=progress,
+                    )
                 )
         except StorageError:
             raise

@@ -231,7 +231,7 @@ def bounds_table(found: Iterable[Found]) -> Table:
             escape(_name(study.configuration)),
             _baseline(study),
             "none" if best is None else f"{speedup(best)}\n{_lines(best.params)}",
-            "" if best is None else _losses(best, study.configuration),
+            "" if best is None else _losses(best, study),
             _pruned(counted).replace(", ", "\n"),
         )
     return table
@@ -308,13 +308,18 @@ def speedup(trial: StoredTrial) -> str:
     return f"{trial.speedup:.2f}x{around}{_warning(trial)}"
 
 
-def _losses(trial: StoredTrial, configuration: Configuration) -> str:
-    losses = ((trial.loss(budget), budget) for budget in configuration.budgets)
-    return "\n".join(
+def _losses(trial: StoredTrial, study: StoredStudy) -> str:
+    """The losses beside their budgets, and what held-out prompts say of them."""
+    losses = ((trial.loss(budget), budget) for budget in study.configuration.budgets)
+    told = [
         loss_told(loss, budget).replace(" loss ", "\n")
         for loss, budget in losses
         if loss is not None
-    )
+    ]
+    verification = study.verifications.get(trial.number)
+    if verification is not None:
+        told.append("verified" if verification.verified else "not verified")
+    return "\n".join(told)
 
 
 def _lines(params: Mapping[str, ParamValue]) -> str:

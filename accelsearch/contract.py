@@ -161,7 +161,16 @@ class _Context(TypedDict, total=False):
     environment: Annotated[dict[str, Any], "device, driver, Python and library versions"]
     study: Annotated[str, "the study's name"]
     trial: Annotated[int, "the trial's number in it"]
+    scored_images: Annotated[int, "how many of the images the losses are of"]
+    loss_intervals: Annotated[
+        dict[str, list[float]], "[low, high] of each loss over all images; equal where all count"
+    ]
+    proven: Annotated[bool, "the losses keep the budgets beyond chance, not by their mean alone"]
     verified: Annotated[bool, "measured again on prompts and seeds that the search never saw"]
+    verification: Annotated[
+        dict[str, Any] | None, "images, losses, loss_intervals and confidence on those prompts"
+    ]
+    unverified_because: Annotated[str | None, "null of a verified one"]
 
 
 class _BoundNumbers(TypedDict):

@@ -11,10 +11,12 @@ from typing import Any
 from optuna.storages import BaseStorage
 
 from accelsearch import contract, report, schema
+from accelsearch.budget import candidate_alpha
 from accelsearch.contract import Key, buffered
 from accelsearch.errors import ExportError
-from accelsearch.queries import exhausted, fastest_feasible
-from accelsearch.storage import StoredStudy, StoredTrial, read_studies
+from accelsearch.measurement import score_loss
+from accelsearch.queries import exhausted, fastest_feasible, targeted
+from accelsearch.storage import StoredStudy, StoredTrial, Verification, read_studies
 
 __all__ = ["BOUNDS", "PARAMS", "Exported", "export"]
 
@@ -71,7 +73,8 @@ def export(
         params: Entries = {}
         for study, trial in found:
             bounds[str(study.configuration.key(None))] = _bound(study, trial)
-            params[str(study.configuration.key(trial.speedup))] = _params(study, trial)
+            for one, requests in _answers(study, trial):
+                params[str(study.configuration.key(one.speedup))] = _params(study, one, requests)
         schema.check("speedup_bounds", bounds)
         schema.check("search_params", params)
         # Read both before either is written: what is wrong with one leaves both as they were.
@@ -152,11 +155,25 @@ def _bound(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
     }
 
 
-def _params(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
+def _answers(study: StoredStudy, best: StoredTrial) -> list[tuple[StoredTrial, tuple[float, ...]]]:
+    """The best trial and those that answer a request, each with the requests that it answers."""
+    found: dict[int, tuple[StoredTrial, tuple[float, ...]]] = {best.number: (best, ())}
+    for speedup, choice in sorted(study.requests.items()):
+        trial = targeted(study, speedup, choice)
+        if trial is not None:
+            _, before = found.get(trial.number, (trial, ()))
+            found[trial.number] = (trial, (*before, speedup))
+    return list(found.values())
+
+
+def _params(
+    study: StoredStudy, trial: StoredTrial, requests: Sequence[float] = ()
+) -> dict[str, Any]:
     return {
         # Flat, under the libraries' own argument names: this is what the other programs read.
         **trial.params,
         "speedup": trial.speedup,
+        "requests": list(requests),
         **_shared(study, trial),
     }
 
@@ -203,8 +220,48 @@ def _shared(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
         "environment": study.environment.to_dict(),
         "study": study.name,
         "trial": trial.number,
-        "verified": False,  # measured on the prompts of the search alone
+        **_trust(study, trial),
     }
+
+
+def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
+    """How far the losses of an entry can be relied on."""
+    judgement, measurement = trial.judgement(study.configuration), trial.measurement
+    assert judgement is not None
+    assert measurement is not None
+    verification = study.verifications.get(trial.number)
+    verified = verification is not None and verification.verified
+    return {
+        "scored_images": len(measurement.scores[0].accelerated),
+        "loss_intervals": {name: list(ends) for name, ends in judgement.intervals.items()},
+        "proven": judgement.proven,
+        "verified": verified,
+        "verification": None if verification is None else _verification(study, verification),
+        "unverified_because": None if verified else _unverified(study, verification),
+    }
+
+
+def _verification(study: StoredStudy, verification: Verification) -> dict[str, Any]:
+    by_metric = {one.metric: one for one in verification.scores}
+    return {
+        "images": len(verification.scores[0].accelerated),
+        "losses": {
+            budget.metric: score_loss(by_metric[budget.metric], budget.floor_db)
+            for budget in study.configuration.budgets
+        },
+        "loss_intervals": {
+            name: list(ends) for name, ends in verification.judgement.intervals.items()
+        },
+        "confidence": 1 - candidate_alpha(verification.candidate),
+    }
+
+
+def _unverified(study: StoredStudy, verification: Verification | None) -> str:
+    if verification is not None:
+        return "the held-out prompts do not confirm it"
+    if study.verifications:
+        return "other trials came first, and nothing faster was confirmed"
+    return "no prompts are held out: the plan's held_out_images is 0"
 
 
 def _write(file: Path, data: bytes) -> Path:

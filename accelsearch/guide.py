@@ -5,7 +5,7 @@ how the speedup and the losses depend on the parameters, and proposes the settin
 most for the time that measuring it will take.
 
 It is a Gaussian process for the logarithm of the speedup and one for each loss, tamed by asinh so
-that one ruined image does not hide the slope near the budget. Each is a linear function of the
+that one ruined setting does not hide the slope near the budget. Each is a linear function of the
 parameters with a smooth deviation from it. Acceleration parameters are nearly monotone: longer
 intervals are faster and lose more. So two or three measurements fix the linear part, and what
 lies beyond them is extrapolated boldly. What is known for nothing is that a setting which changes
@@ -24,6 +24,7 @@ machine learning, 2006, sections 2.2, 2.7 and 5.2.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,19 +40,26 @@ from accelsearch.methods import Parameter, active
 __all__ = ["GAIN", "Guide", "Observation", "Proposal"]
 
 GAIN = 0.01  # an improvement of 1 % is not worth a search
-HOPELESS = 0.02  # a smaller chance of an improvement is none
+HOPELESS = 0.01  # a smaller chance of an improvement is none
 
-# What a linear slope, the smooth deviation and the constant are worth in units of the log speedup
-# and of the tamed loss; the lengths are those of Matern's kernel, where a parameter's range is 1.
-# The observations weigh these priors against each other by their marginal likelihood.
+# What a linear slope and the smooth deviation from it are worth, as standard deviations of the log
+# speedup and of the tamed loss over a parameter's whole range, and the lengths of the deviation
+# as shares of the range. The observations weigh all combinations by their marginal likelihood.
 _SLOPES = (0.5, 1.5)
-_DEVIATIONS = (0.1, 0.3, 0.8)
-_LENGTHS = (0.5, 1.5)
+_DEVIATIONS = (0.15, 0.5)
+_LENGTHS = (0.5, 1.0, 2.0)
 _CONSTANT = 0.3
-_NUGGET = 0.02  # what no smooth function explains, as a standard deviation
+_NUGGETS = (0.003, 0.03)  # what no smooth function explains
 
-# Of one call of the baseline: the cost of a setting whose images are over the budget at first
-# sight, of one that is told to be slow, and of one that is measured in full (6 pairs), where an
+# Expected before anything is measured: the farther from the identity, the faster, and the more is
+# lost. Of parameters without an identity nothing is known, so less is expected of them, and of a
+# method's mere presence less still.
+_TREND = 0.5
+_OTHER = 0.6
+_PRESENCE = 0.5
+
+# The cost of a setting whose images are over the budget at first sight, of one that is told to be
+# slow, and of one that is measured in full (6 pairs), in calls of the baseline, where an
 # accelerated call takes half as long.
 _COST_OVER, _COST_SLOW, _COST_FULL = 1.0, 2.5, 9.5
 
@@ -113,7 +121,8 @@ class Guide:
         default = {parameter.name: parameter.default for parameter in space}
         away = np.abs(points - _features(space, [*self._settings, *idle, default])[-1:]).sum(1)
         self._from_default = away[: len(self._settings)]
-        self._kernels = _kernels(points)
+        self._points = points
+        self._trend = _TREND * _distance(space, [*self._settings, *idle])
 
     def propose(
         self,
@@ -196,7 +205,9 @@ class Guide:
         seen = np.concatenate([np.asarray(rows, dtype=int), anchors])
         y = np.concatenate([np.asarray(values, dtype=float), np.full(len(anchors), idle or 0.0)])
         noise = np.concatenate([np.asarray(errors, dtype=float), np.zeros(len(anchors))])
-        return _posterior(self._kernels, seen, y, noise**2 + _NUGGET**2, at)
+        trend = self._trend if idle is not None else np.zeros(len(self._points))
+        mean, error = _posterior(self._points[seen], y - trend[seen], noise**2, self._points[at])
+        return mean + trend[at], error
 
     def _key(self, params: Mapping[str, ParamValue]) -> tuple[tuple[str, Any], ...]:
         return tuple((name, params.get(name)) for name in self._names)
@@ -205,70 +216,99 @@ class Guide:
         return np.random.default_rng(self._seed).random(len(self._settings))[candidates]
 
 
-def _posterior(
-    kernels: _Array, seen: NDArray[np.int_], y: _Array, variances: _Array, at: NDArray[np.int_]
-) -> tuple[_Array, _Array]:
-    """The mixture of all kernels [H, M, M], weighed by the marginal likelihood of y [n]."""
-    prior = kernels[:, at, at]  # [H, A]
-    if not len(seen):
-        return np.zeros(len(at)), np.sqrt(prior.mean(0) + _NUGGET**2)
-    inner = kernels[:, seen[:, None], seen[None, :]] + np.diag(variances)
-    root = np.linalg.cholesky(inner)
-    # inverse root, so that products replace triangular solves, which numpy lacks
-    inverse = np.linalg.inv(root)
-    white = inverse @ y  # [H, n]
-    evidence = -0.5 * (white**2).sum(1) - np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
-    weights = np.exp(evidence - evidence.max())
-    weights /= weights.sum()
-    cross = inverse @ kernels[:, seen[:, None], at[None, :]]  # [H, n, A]
-    means = (cross * white[:, :, None]).sum(1)
-    spread = np.maximum(prior - (cross**2).sum(1), 0) + _NUGGET**2
-    mean = weights @ means
-    return mean, np.sqrt(weights @ (spread + (means - mean) ** 2))
+def _posterior(seen: _Array, y: _Array, variances: _Array, at: _Array) -> tuple[_Array, _Array]:
+    """Mean and standard deviation at the points `at` [A, F], from y [n] at `seen` [n, F].
+
+    A mixture over the priors, each weighed by its marginal likelihood of y.
+    """
+    own = (at**2).sum(1)
+    inner, cross = _parts(seen, seen), _parts(seen, at)
+    evidences, means, spreads = [], [], []
+    priors = itertools.product(_SLOPES, _DEVIATIONS, range(len(_LENGTHS)), _NUGGETS)
+    for slope, deviation, length, nugget in priors:
+        weights = np.array([_CONSTANT**2, slope**2, deviation**2])
+        rows = [0, 1, 2 + length]
+        root = np.linalg.cholesky(
+            np.tensordot(weights, inner[rows], 1) + np.diag(variances + nugget**2)
+        )
+        # The inverse makes products of what numpy has no triangular solve for.
+        inverse = np.linalg.inv(root)
+        white = inverse @ y
+        explained = inverse @ np.tensordot(weights, cross[rows], 1)
+        evidences.append(-0.5 * white @ white - np.log(np.diagonal(root)).sum())
+        means.append(white @ explained)
+        prior = _CONSTANT**2 + slope**2 * own + deviation**2
+        spreads.append(np.maximum(prior - (explained**2).sum(0), 0) + nugget**2)
+    likely = np.exp(np.array(evidences) - max(evidences))
+    likely /= likely.sum()
+    mean = likely @ np.array(means)
+    return mean, np.sqrt(likely @ (np.array(spreads) + (np.array(means) - mean) ** 2))
 
 
-def _kernels(points: _Array) -> _Array:
-    """Covariances of all points under each prior, float64 [H, M, M]."""
-    linear = points @ points.T
-    distance = np.sqrt(((points[:, None] - points[None, :]) ** 2).sum(2))
-    found = []
-    for length in _LENGTHS:
-        scaled = math.sqrt(5) * distance / length
-        smooth = (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
-        found += [
-            _CONSTANT**2 + slope**2 * linear + deviation**2 * smooth
-            for slope in _SLOPES
-            for deviation in _DEVIATIONS
-        ]
-    return np.array(found)
+def _parts(one: _Array, other: _Array) -> _Array:
+    """What kernels are sums of, float64 [2 + lengths, n, m]: constant, linear, and Matern 5/2."""
+    squares = ((one[:, None] - other[None, :]) ** 2).sum(2)
+    scaled = np.sqrt(5 * squares) / np.array(_LENGTHS)[:, None, None]
+    smooth = (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+    linear = one @ other.T
+    return np.concatenate([np.ones_like(linear)[None], linear[None], smooth])
 
 
 def _features(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamValue]]) -> _Array:
-    """Settings as points, float64 [settings, features], each feature within -1..1.
+    """Settings as points, float64 [settings, features].
 
-    Numbers by their logarithm (an interval of 3 instead of 2 matters more than one of 10 instead
-    of 9), measured from the identity where there is one, else from the default, so that the
+    Numbers are measured from the identity where there is one, else from the default, so that the
     linear part is nothing where the methods do nothing. Words and booleans are one-hot. A method
     that can be idle has a feature that tells whether it is.
     """
-    columns: list[list[float]] = []
+    columns: list[_Array] = []
     for parameter in space:
         given = [setting[parameter.name] for setting in settings]
-        origin = parameter.default if parameter.identity is None else parameter.identity
-        values = {*given, origin}
-        if any(isinstance(value, bool | str) for value in values):
-            columns += [[float(value == one) for value in given] for one in sorted(values, key=str)]
-            continue
-        scale = {value: _scaled(float(value)) for value in values}
-        width = max(scale.values()) - min(scale.values()) or 1.0
-        columns.append([(scale[value] - scale[origin]) / width for value in given])
+        if _is_number(parameter):
+            weight = _OTHER if parameter.identity is None else 1.0
+            columns.append(weight * _places(parameter, given))
+        else:
+            columns += [
+                np.array([float(value == one) for value in given])
+                for one in sorted(set(given), key=str)
+            ]
     on = [set(active(space, setting)) for setting in settings]
-    columns += [[float(method in methods) for methods in on] for method in sorted(set().union(*on))]
-    return np.array(columns, dtype=float).reshape(len(columns), len(settings)).T
+    columns += [
+        np.array([_PRESENCE * (method in methods) for methods in on])
+        for method in sorted(set().union(*on))
+    ]
+    return np.array(columns).reshape(len(columns), len(settings)).T
 
 
-def _scaled(value: float) -> float:
-    return math.copysign(math.log1p(abs(value)), value)
+def _distance(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamValue]]) -> _Array:
+    """How far each setting is from changing nothing: summed over the parameters, each 0..1."""
+    found = np.zeros(len(settings))
+    for parameter in space:
+        if parameter.identity is not None:
+            given = [setting[parameter.name] for setting in settings]
+            found += (
+                np.abs(_places(parameter, given))
+                if _is_number(parameter)
+                else [float(value != parameter.identity) for value in given]
+            )
+    return found
+
+
+def _is_number(parameter: Parameter) -> bool:
+    return not isinstance(parameter.default, bool | str)
+
+
+def _places(parameter: Parameter, given: Sequence[ParamValue]) -> _Array:
+    """Where values lie beside the identity, or else the default: -1..1 of the range of them all.
+
+    By the logarithm: an interval of 3 instead of 2 matters more than one of 10 instead of 9.
+    """
+    origin = parameter.default if parameter.identity is None else parameter.identity
+    values = np.array([*map(float, given), float(origin)])
+    places = np.copysign(np.log1p(np.abs(values)), values)
+    places = (places - places[-1]) / (np.ptp(places) or 1.0)
+    found: _Array = places[:-1]
+    return found
 
 
 def _idle(space: Sequence[Parameter]) -> list[dict[str, ParamValue]]:

@@ -68,8 +68,8 @@ def measured(
     params: Mapping[str, ParamValue] | None = None,
     **beside: Scores,
 ) -> Measurement:
-    """A measurement of this speedup and CLIP score loss; one of None was not scored."""
-    clip = () if loss is None else (Scores("clip_score", (100.0,), (100.0 - 100 * loss,)),)
+    """A measurement of this speedup and this CLIP score loss, of two prompts; None: not scored."""
+    clip = () if loss is None else (Scores("clip_score", (100.0,) * 2, (100.0 - 100 * loss,) * 2),)
     return Measurement(
         params=dict(PARAMS if params is None else params),
         latency=Latency((speedup,) * 6, (1.0,) * 6),

@@ -831,6 +831,37 @@ def test_run_goes_the_whole_way_into_one_folder(run: Run, write_plan: WritePlan)
     assert "trials stored already" in again.err
 
 
+def test_run_searches_for_what_no_stored_setting_reaches(run: Run, write_plan: WritePlan) -> None:
+    # The search of the bound measures one setting of three, that of the task the others.
+    space = "{ cache_interval = [2, 3, 4], cache_branch_id = [0] }"
+    plan = write_plan(space=space, search="{ trials = 3 }")
+    ran = run("run", plan, "--out", "demo", "--trials", "1", "--ratio", "1.0")
+    (report,) = json.loads(Path("demo/codegen_report.json").read_text())
+    assert report["status"] in ("generated after search", "unreached"), report
+    assert ran.code == 0
+    (bound,) = json.loads(Path("demo/speedup_bounds.json").read_text()).values()
+    # Latencies decide whether the second setting reached it, and the third was left.
+    assert report["status"] == "generated after search" or bound["exhausted"]
+    again = run("run", plan, "--out", "demo", "--ratio", "5.0")
+    assert again.code == 0
+    (report,) = json.loads(Path("demo/codegen_report.json").read_text())
+    assert report["status"] == "infeasible"
+
+
+def test_target_takes_one_set_of_methods_and_exports_to_a_folder(
+    run: Run, write_plan: WritePlan
+) -> None:
+    plan = write_plan(methods='[["deepcache"], ["deepcache", "tgate"]]')
+    ran = run("target", plan, "--speedup", "0.01", "--methods", "tgate,deepcache", "--out", "found")
+    assert ran.code == 0, ran.err
+    entries = json.loads(Path("found/search_params.json").read_text())
+    assert {str(literal_eval(key)[5]) for key in entries} == {"['deepcache', 'tgate']"}
+    assert [0.01] in [entry["requests"] for entry in entries.values()]
+    assert str(Path("found") / "speedup_bounds.json") in ran.out
+    said = run("target", plan, "--speedup", "2", "--methods", "deepcach").said_one_line()
+    assert "must be one of the plan's sets, got 'deepcach'; did you mean 'deepcache'?" in said
+
+
 def test_run_with_nothing_feasible_is_exit_code_1(run: Run, write_plan: WritePlan) -> None:
     ran = run("run", write_plan(budgets='[{ metric = "ssim", max_loss = 0.0 }]'), "--out", "demo")
     assert ran.code == 1

@@ -363,3 +363,54 @@ def test_the_contract_needs_the_standard_library_alone() -> None:
     foreign = set(loaded) - sys.stdlib_module_names
     assert not foreign & {"torch", "optuna", "numpy", "pydantic", "diffusers", "sqlalchemy"}
     assert "accelsearch" in foreign
+
+
+# Locks
+
+
+def test_who_locks_a_folder_keeps_others_waiting_and_leaves_nothing(tmp_path: Path) -> None:
+    order: list[str] = []
+    inside = threading.Event()
+
+    def second() -> None:
+        inside.wait()
+        with contract.locked(tmp_path):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with contract.locked(tmp_path):
+        inside.set()
+        thread.join(0.3)
+        assert thread.is_alive()
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_gone_with_the_process_that_held_it(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from accelsearch import contract\n"
+        "with contract.locked(sys.argv[1]): os._exit(1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert done.returncode == 1
+    with contract.locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_a_lock_has_made_goes_if_it_stays_empty(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), contract.locked(tmp_path / "new"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with contract.locked(tmp_path / "new"):
+        (tmp_path / "new" / "file").write_text("x")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match="must be writable"), contract.locked(tmp_path / "file"):
+        pass

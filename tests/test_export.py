@@ -181,7 +181,7 @@ def test_an_entry_holds_what_it_takes_to_rebuild_the_plan(database: BaseStorage,
         methods=(("deepcache", "tome"),),
         budgets=(CLIP, Budget(metric="ssim", max_loss=0.2)),
         prompts="photo",
-        images=3,
+        images=2,
         batch_size=2,
         resolution=(512, 768),
         guidance_scale=5.5,
@@ -191,7 +191,7 @@ def test_an_entry_holds_what_it_takes_to_rebuild_the_plan(database: BaseStorage,
     )
     (configuration,) = plan.configurations()
     study = create_study(database, configuration, ENVIRONMENT, RandomSampler(seed=0))
-    add_trial(study, 2.0, 0.01, ssim=Scores("ssim", None, (0.95,)))
+    add_trial(study, 2.0, 0.01, ssim=Scores("ssim", None, (0.95, 0.95)))
     exported(database, out)
     for file in entries(out):
         ((key, entry),) = file.items()
@@ -391,7 +391,7 @@ def test_studies_of_one_key_are_refused_listed_and_can_be_chosen(
 ) -> None:
     one, two = started(database), started(database, **other)
     for study, speedup in ((one, 2.0), (two, 3.0)):
-        add_trial(study, speedup, 0.01, ssim=Scores("ssim", None, (0.95,)))
+        add_trial(study, speedup, 0.01, ssim=Scores("ssim", None, (0.95, 0.95)))
     with pytest.raises(ExportError) as error:
         exported(database, out)
     told = one_line(error)

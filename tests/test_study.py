@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from accelsearch import objective, report
 from accelsearch import study as module
-from accelsearch.budget import Verdict, decide, loss_told, violation
+from accelsearch.budget import Verdict, loss_told, violation
 from accelsearch.configuration import Budget, LatencySettings, SearchSettings
 from accelsearch.errors import (
     BaselineError,
@@ -26,6 +26,7 @@ from accelsearch.errors import (
     TrialError,
     UnsupportedError,
 )
+from accelsearch.judging import judge
 from accelsearch.latency import dominated
 from accelsearch.measurement import (
     Latency,
@@ -33,7 +34,6 @@ from accelsearch.measurement import (
     ParamValue,
     Scores,
     score_loss,
-    score_losses,
 )
 from accelsearch.methods import Parameter, applied
 from accelsearch.objective import Result, environment_of
@@ -73,6 +73,7 @@ class Stand:
         self.loaded = 0
         self.measured: list[dict[str, ParamValue]] = []
         self.incumbents: list[float | None] = []
+        self.resumed: list[Measurement | None] = []
         self.scored: list[dict[str, ParamValue]] = []
         self.known: list[dict[str, ParamValue]] = []
 
@@ -100,14 +101,25 @@ class Stand:
         loss = 0.01 * float(params.get("cache_interval", 1))
         return (Scores("clip_score", (50.0, 50.0), (50 * (1 - loss),) * 2),)
 
-    def measure(self, params: Params, *, incumbent: float | None = None) -> Result:
+    def measure(
+        self,
+        params: Params,
+        *,
+        incumbent: float | None = None,
+        goal: float | None = None,
+        noise: float | None = None,
+        known: Measurement | None = None,
+    ) -> Result:
         self.measured.append(dict(params))
         self.incumbents.append(incumbent)
+        self.resumed.append(known)
         self.fault(params)
         latency = Latency((1.0,) * 6, (1 / self.speedup(params),) * 6)
         scores: tuple[Scores, ...] = ()
         losses: dict[str, float] = {}
-        if dominated(latency, incumbent):
+        if dominated(latency, goal):
+            outcome, reason = Outcome.TOO_SLOW, f"{goal:.2f}x is asked for"
+        elif dominated(latency, incumbent):
             outcome, reason = Outcome.DOMINATED, f"a feasible trial has {incumbent:.2f}x"
         else:
             self.scored.append(dict(params))
@@ -115,11 +127,10 @@ class Stand:
             budgets = {budget.metric: budget for budget in self.configuration.budgets}
             losses = {one.metric: score_loss(one, budgets[one.metric].floor_db) for one in scores}
             told = [(losses[name], budget) for name, budget in budgets.items()]
-            parts = [
-                (score_losses(one, budgets[one.metric].floor_db), budgets[one.metric])
-                for one in scores
-            ]
-            kept = decide(parts, len(parts[0][0])).verdict is Verdict.WITHIN
+            judgement = judge(
+                scores, self.configuration.budgets, len(scores[0].accelerated)
+            )
+            kept = judgement is not None and judgement.verdict is Verdict.WITHIN
             outcome = Outcome.FEASIBLE if kept else Outcome.OVER_BUDGET
             reason = ", ".join(loss_told(*one) for one in told)
         return Result(

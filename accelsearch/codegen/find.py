@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,15 +30,16 @@ class Stored:
         return Names.of(Key.parse(text) for text in (*self.params, *self.bounds))
 
     @cached_property
-    def _settings(self) -> list[tuple[Key, Mapping[str, Any]]]:
-        """The entries that have a speedup and a score loss."""
-        return [
-            (key, entry)
-            for text, entry in self.params.items()
-            if (key := Key.parse(text)).speedup is not None
-            and _is_number(entry.get("speedup"))
-            and _is_number(entry.get("score_loss"))
-        ]
+    def _settings(self) -> dict[Key, list[tuple[Key, Mapping[str, Any]]]]:
+        """The entries that have a speedup and a score loss, by the key of their bound."""
+        found: dict[Key, list[tuple[Key, Mapping[str, Any]]]] = {}
+        for text, entry in self.params.items():
+            key = Key.parse(text)
+            if key.speedup is not None and all(
+                _is_number(entry.get(name)) for name in ("speedup", "score_loss")
+            ):
+                found.setdefault(replace(key, speedup=None), []).append((key, entry))
+        return found
 
     def answer(self, task: Task, *, closest: bool = False) -> tuple[Key, Mapping[str, Any]] | None:
         """The entry of the task's configuration that answers it, with its key; None if none does.
@@ -47,14 +48,11 @@ class Stored:
         the one with the smallest score loss, and of equals the faster; with `closest`, the one
         whose speedup is nearest to the request.
         """
-        exact = task.key(task.speedup)
         found = []
-        for key, entry in self._settings:
+        for key, entry in self._settings.get(task.key(None), ()):
             speedup, loss = entry["speedup"], entry["score_loss"]
-            if task.key(key.speedup) == key and meets(
-                speedup, loss, requested=task.speedup, max_loss=task.max_loss
-            ):
-                if key == exact:
+            if meets(speedup, loss, requested=task.speedup, max_loss=task.max_loss):
+                if key.speedup == task.speedup:
                     return key, entry
                 found.append((key, entry))
         if closest:

@@ -140,12 +140,10 @@ class CommandSearch:
 
 
 def default_search() -> tuple[Template, ...]:
-    """`accelsearch target`, and `export` of what it has found."""
-    accelsearch = (sys.executable, "-m", "accelsearch")
-    return (
-        Template((*accelsearch, "target", "{plan}", "--speedup", "{speedup}")),
-        Template((*accelsearch, "export", "{plan}", "--out", "{folder}")),
-    )
+    """`accelsearch target` of the task's configuration, which exports what it has found."""
+    program = (sys.executable, "-m", "accelsearch", "target", "{plan}", "--speedup={speedup}")
+    which = ("--scheduler={scheduler}", "--steps={steps}", "--methods={methods}")
+    return (Template((*program, *which, "--out={folder}")),)
 
 
 def _fields(word: str) -> list[str]:

@@ -285,9 +285,11 @@ def _about(key: Key, entry: Mapping[str, Any], speedup: float, loss: float) -> d
     device = entry.get("device")
     study = entry.get("study")
     trial = entry.get("trial")
+    verified = entry.get("verified") is True
     return {
         "speedup": f"{speedup:.4g}x{around}",
         "score loss": f"{loss:.4g}, of {key.max_loss:g} allowed",
+        "verified": f"{'also' if verified else 'not'} on prompts that the search never saw",
         "device": device if isinstance(device, str) else "not recorded",
         "study": f"{study}, trial {trial}" if isinstance(study, str) else "not recorded",
     }

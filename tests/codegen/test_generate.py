@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -588,3 +589,17 @@ def test_every_subset_of_methods_has_its_script(tmp_path: Path) -> None:
     found = became(files, *(asked(2.0, *subset).sentence for subset in subsets))
     assert [status for status, _ in found] == [Status.GENERATED] * len(subsets)
     assert len(files.scripts()) == len(subsets)
+
+
+def test_the_documented_call_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, (key(), entry(key())))
+    (tmp_path / "tasks.json").write_text(json.dumps([asked().sentence, "?"]))
+    page = Path(__file__).parents[2] / "docs" / "codegen.md"
+    (source,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(source, {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"generated {Path('scripts') / SCRIPT}"
+    assert second.startswith("failed every word of a task must be understood, got '?'")

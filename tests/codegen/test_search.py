@@ -33,11 +33,20 @@ def test_a_command_is_filled_word_by_word() -> None:
 
 
 def test_the_default_targets_the_speedup_and_exports_what_it_finds() -> None:
-    target, export = (
+    (command,) = (
         one.filled(TASK, plan=Path("p.toml"), folder=Path("out")) for one in default_search()
     )
-    assert target[1:] == ["-m", "accelsearch", "target", "p.toml", "--speedup", "2.5"]
-    assert export[1:] == ["-m", "accelsearch", "export", "p.toml", "--out", "out"]
+    assert command[1:] == [
+        "-m",
+        "accelsearch",
+        "target",
+        "p.toml",
+        "--speedup=2.5",
+        "--scheduler=DDIMScheduler",
+        "--steps=50",
+        "--methods=deepcache,tome",
+        "--out=out",
+    ]
 
 
 @pytest.mark.parametrize(

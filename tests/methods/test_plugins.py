@@ -87,7 +87,7 @@ def test_an_installed_package_adds_its_method_to_every_command(
     del example  # which has seen to it that the page has one
     text = PAGE.read_text("utf-8")
     (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (point,) = re.findall(r"^(midskip) = \"(.*?)\"", text, re.MULTILINE)
+    (point,) = re.findall(rf'entry-points."{re.escape(GROUP)}"\]\n(midskip) = "(.*?)"', text)
     (tmp_path / "accelsearch_midskip.py").write_text(source)
     metadata = tmp_path / "accelsearch_midskip-1.0.dist-info"
     metadata.mkdir()
