@@ -127,9 +127,7 @@ class Stand:
             budgets = {budget.metric: budget for budget in self.configuration.budgets}
             losses = {one.metric: score_loss(one, budgets[one.metric].floor_db) for one in scores}
             told = [(losses[name], budget) for name, budget in budgets.items()]
-            judgement = judge(
-                scores, self.configuration.budgets, len(scores[0].accelerated)
-            )
+            judgement = judge(scores, self.configuration.budgets, len(scores[0].accelerated))
             kept = judgement is not None and judgement.verdict is Verdict.WITHIN
             outcome = Outcome.FEASIBLE if kept else Outcome.OVER_BUDGET
             reason = ", ".join(loss_told(*one) for one in told)
