@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
-  bench-record bench-scripts postgres postgres-stop clean
+  bench-record bench-replay bench-scripts postgres postgres-stop clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ bench-record: $(VENV)/installed ## Record the tables that searches are replayed 
 bench-scripts: $(VENV)/installed ## Generate the demo's scripts, and run each beside what was measured
 	$(BIN)/accelsearch run studies/shapes-demo.toml --out storage/demo
 	$(BIN)/python benchmarks/generated.py storage/demo
+
+bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: about 10 minutes on one core
+	$(BIN)/python benchmarks/replay.py --out docs/images/replay.svg
 
 clean: ## Remove the virtual environment and all caches, but no results
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

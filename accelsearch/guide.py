@@ -72,7 +72,8 @@ class Observation:
 
     `params` are its effective ones, all of them. `log_speedup` is the natural logarithm, and its
     standard error stands beside it. `losses`: by metric, the mean loss so far and its standard
-    error; empty where nothing was scored. A setting that failed has a `log_speedup` of NaN.
+    error; empty where nothing was scored. A setting that failed or was not timed has a
+    `log_speedup` of NaN.
     """
 
     params: Mapping[str, ParamValue]
@@ -115,14 +116,13 @@ class Guide:
         self._index = {self._key(one): index for index, one in enumerate(self._settings)}
         self._budgets = tuple(budgets)
         self._seed = seed
-        idle = _idle(space)
-        points = _features(space, [*self._settings, *idle])
-        self._idle = np.arange(len(self._settings), len(points))
+        # Behind the settings stand those that change nothing, and last the defaults.
         default = {parameter.name: parameter.default for parameter in space}
-        away = np.abs(points - _features(space, [*self._settings, *idle, default])[-1:]).sum(1)
-        self._from_default = away[: len(self._settings)]
-        self._points = points
-        self._trend = _TREND * _distance(space, [*self._settings, *idle])
+        points = [*self._settings, *_idle(space), default]
+        self._idle = np.arange(len(self._settings), len(points) - 1)
+        self._points = _features(space, points)
+        self._trend = _TREND * _distance(space, points)
+        self._from_default = np.abs(self._points - self._points[-1]).sum(1)
 
     def propose(
         self,
@@ -145,7 +145,7 @@ class Guide:
             sorted(set(range(len(self._settings)) if open_ is None else open_) - tried), dtype=int
         )
         if not len(candidates):
-            self.reason = "every setting is measured"
+            self.reason = "no setting is left to measure"
             return None
         known = [(row, one) for row, one in zip(rows, observed, strict=True) if row is not None]
         timed = [(row, one) for row, one in known if math.isfinite(one.log_speedup)]
@@ -175,7 +175,7 @@ class Guide:
         aim = math.log(1.0 if beat is None else beat)
         faster = _below((speed - aim - math.log1p(gain)) / speed_error)
         chances = keeps * faster
-        if not timed:
+        if not timed and not any(one.losses for _, one in known):
             # Nothing is known yet: the defaults are what the methods' authors advise.
             best = int(np.lexsort((self._noise(candidates), self._from_default[candidates]))[0])
         elif chances.max() < HOPELESS:

@@ -56,7 +56,7 @@ BUDGETS = ("ssim=0.03:0.2", "clip_score=0.005:0.1")
 MIN_PAIRS, MAX_PAIRS, PRECISION = 6, 40, 0.03  # the product's
 FIRST_LOOK = 8  # prompts
 SIGMAS = 4.0  # below the speedup to beat, with fewer pairs than an interval takes
-WARM = True
+WARM_UP_ERROR = 0.2  # of the log speedup that a warm-up call tells, where nothing was timed
 RESIDUALS = 10  # degrees of freedom from which the pooled noise is trusted
 REACHED = 0.98
 
@@ -188,7 +188,7 @@ class Trial:
     seen: int = 0
     verdict: Verdict = Verdict.UNDECIDED
     ended: str = ""  # "complete", "over budget", "dominated", "failed", "pruned"
-    warm: float = math.nan
+    warmup: float = math.nan  # log speedup
     speedup: float = math.nan  # once ended, if timed
 
     @property
@@ -199,8 +199,8 @@ class Trial:
 class Search:
     """One run of one strategy on a table: its random order and noise, its clock and its trials."""
 
-    def __init__(self, table: Table, seed: int, batch: int, precision: float = PRECISION) -> None:
-        self.table, self.batch, self.precision = table, batch, precision
+    def __init__(self, table: Table, seed: int, batch: int, max_pairs: int = MAX_PAIRS) -> None:
+        self.table, self.batch, self.max_pairs = table, batch, max_pairs
         self.rng = np.random.default_rng(seed)
         self.spent_s = 0.0
         self.trials: list[Trial] = []
@@ -226,18 +226,16 @@ class Search:
         trial = Trial(setting)
         self.trials.append(trial)
         self.call(trial)
-        table = self.table
-        trial.warm = math.log(table.speedup[setting]) + float(self.rng.choice(table.residuals))
         if self.table.failed[setting]:
             trial.ended = "failed"
+        else:
+            trial.warmup = self._drawn(setting)
         return trial
 
     def pair(self, trial: Trial) -> None:
         """A timed pair."""
-        table = self.table
-        residual = self.rng.choice(table.residuals) * self.rng.choice((-1, 1))
-        trial.ratios.append(math.log(table.speedup[trial.setting]) + residual)
-        self.spent_s += table.baseline_s * self.batch
+        trial.ratios.append(self._drawn(trial.setting))
+        self.spent_s += self.table.baseline_s * self.batch
         # The baseline call of a pair makes images of the prompts that its other call makes.
         self._baseline_images = max(
             self._baseline_images, min(trial.seen + self.batch, self._prompts)
@@ -272,6 +270,10 @@ class Search:
     def beat(self) -> float | None:
         kept = self.kept()
         return kept[0].speedup if kept else None
+
+    def _drawn(self, setting: int) -> float:
+        residual = self.rng.choice(self.table.residuals) * self.rng.choice((-1, 1))
+        return math.log(self.table.speedup[setting]) + float(residual)
 
     def call(self, trial: Trial) -> None:
         """An accelerated call, whose images are scored if their prompts were not seen yet."""
@@ -316,16 +318,16 @@ class Ours:
                 if trial.verdict is Verdict.OVER:
                     trial.ended = "over budget"
             if not trial.ended:
-                if trial.verdict is not Verdict.UNDECIDED and _timed(trial, search.precision):
+                if trial.verdict is not Verdict.UNDECIDED and _timed(trial, search.max_pairs):
                     trial.ended = "complete"
-                elif _timed(trial, search.precision):
+                elif _timed(trial, search.max_pairs):
                     search.call(trial)
                 else:
                     search.pair(trial)
         search.end(trial)
 
 
-def _timed(trial: Trial, precision: float) -> bool:
+def _timed(trial: Trial, max_pairs: int) -> bool:
     pairs = len(trial.ratios)
     if pairs < MIN_PAIRS:
         return False
@@ -333,7 +335,7 @@ def _timed(trial: Trial, precision: float) -> bool:
     if interval is None:
         return False
     return (
-        pairs >= MAX_PAIRS or (interval[1] - interval[0]) / 2 <= precision * trial.latency.speedup
+        pairs >= max_pairs or (interval[1] - interval[0]) / 2 <= PRECISION * trial.latency.speedup
     )
 
 
@@ -359,7 +361,10 @@ def _dominated(search: Search, trial: Trial, beat: float) -> bool:
 def _observation(search: Search, trial: Trial) -> Observation:
     noise, freedom = _pooled(search)
     pairs, seen = len(trial.ratios), trial.seen
-    error = (noise if freedom else 0.1) / math.sqrt(max(pairs, 1))
+    log_speedup, error = trial.warmup, WARM_UP_ERROR
+    if pairs:
+        log_speedup = math.log(trial.speedup)
+        error = (noise if freedom else WARM_UP_ERROR) / math.sqrt(pairs)
     losses = {}
     if seen > 1:
         unseen = math.sqrt(1 - seen / search.table.losses["search"].shape[2])
@@ -367,9 +372,6 @@ def _observation(search: Search, trial: Trial) -> Observation:
             if np.isfinite(rows).all():
                 spread = float(rows.std(ddof=1)) / math.sqrt(seen) * unseen
                 losses[budget.metric] = (float(rows.mean()), spread)
-    log_speedup = math.log(trial.speedup) if pairs else math.nan
-    if not pairs and WARM and trial.ended != "failed":
-        log_speedup, error = trial.warm, 0.2
     return Observation(search.table.settings[trial.setting], log_speedup, error, losses)
 
 
@@ -505,10 +507,15 @@ class Result:
 
 
 def replayed(
-    table: Table, strategy: Callable[[Search, int], None], seed: int, batch: int, limit: int
+    table: Table,
+    strategy: Callable[[Search, int], None],
+    seed: int,
+    batch: int,
+    limit: int,
+    max_pairs: int = MAX_PAIRS,
 ) -> Result:
     """One run."""
-    search = Search(table, seed, batch)
+    search = Search(table, seed, batch, max_pairs)
     strategy(search, limit)
     whole_s = traversal_s(table, batch)
     curve = tuple((spent_s / whole_s, share) for spent_s, share in search.history)
@@ -577,6 +584,7 @@ def main() -> int:
     parser.add_argument("--stock-seeds", type=int, default=20, help="of the other stock samplers")
     parser.add_argument("--trials", type=int, default=60, help="of one run of a sampler at most")
     parser.add_argument("--batch", type=int, default=16, help="prompts of one call")
+    parser.add_argument("--max-pairs", type=int, default=MAX_PAIRS, help="of one setting, by ours")
     parser.add_argument("--noise", type=float, default=1.0, help="scales the recorded noise")
     parser.add_argument("--out", type=Path, help="an .svg of what is reached at which cost")
     options = parser.parse_args()
@@ -596,9 +604,9 @@ def main() -> int:
             panels[title] = {}
             for name in options.strategy or STRATEGIES:
                 count = _seeds(name, options)
+                limits = (options.batch, options.trials, options.max_pairs)
                 results = [
-                    replayed(table, STRATEGIES[name], seed, options.batch, options.trials)
-                    for seed in range(count)
+                    replayed(table, STRATEGIES[name], seed, *limits) for seed in range(count)
                 ]
                 panels[title][name] = results
                 print(row_of(name, results), flush=True)
@@ -642,8 +650,10 @@ def told(table: Table, batch: int) -> str:
     )
 
 
-COLOURS = ("#888888", "#bbbbbb", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377", "#ee6677")
-COSTS = np.logspace(-2.7, 0, 200)
+_GREYS, _BLACK = ("#888888", "#bbbbbb"), "#000000"
+_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377", "#ee6677")
+COLOURS = dict(zip(STRATEGIES, (*_GREYS, *_COLOURS, _BLACK), strict=True))
+COSTS = np.logspace(-2.7, 0, 80)
 
 
 def drawn(panels: dict[str, dict[str, list[Result]]]) -> str:
@@ -665,20 +675,25 @@ def drawn(panels: dict[str, dict[str, list[Result]]]) -> str:
                 f'<path d="M{x0} {y:.1f}h{width}" stroke="#ddd"/>'
                 f'<text x="{x0 - 6}" y="{y + 4:.1f}" text-anchor="end">{share:.0%}</text>'
             )
-        for line, (name, results) in enumerate(runs.items()):
-            colour = COLOURS[list(STRATEGIES).index(name) % len(COLOURS)]
+        for name, results in runs.items():
             points = " ".join(
                 f"{x0 + _across(cost) * width:.1f},{y0 + (1 - _up(share)) * height:.1f}"
                 for cost, share in zip(COSTS, _medians(results), strict=True)
             )
             parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                f'<text x="{x0 + 8}" y="{y0 + 16 + 14 * line}" fill="{colour}">{name}</text>'
+                f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" '
+                f'stroke-width="{3 if name == "ours" else 2}"/>'
             )
-    rows = (len(panels) + 1) // 2
-    size = (left + 2 * (width + gap), 60 + rows * (height + gap + 20))
+    top = 40 + (len(panels) + 1) // 2 * (height + gap + 20)
+    names = [name for name in STRATEGIES if any(name in runs for runs in panels.values())]
+    parts += [
+        f'<text x="{left + index % 5 * 190}" y="{top + index // 5 * 16}" fill="{COLOURS[name]}">'
+        f"{name}</text>"
+        for index, name in enumerate(names)
+    ]
+    size = (left + 2 * (width + gap), top + 60)
     caption = (
-        f'<text x="{left}" y="{size[1] - 10}">GPU seconds, as a share of the traversal; upwards: '
+        f'<text x="{left}" y="{top + 44}">GPU seconds, as a share of the traversal; upwards: '
         "the median speedup found, as a share of the reference</text>"
     )
     return (

@@ -178,7 +178,7 @@ def test_nothing_is_proposed_twice() -> None:
         seen.append(observed(proposal.params, cached))
     assert len({tuple(one.params.items()) for one in seen}) == len(settings)
     assert guide.propose(seen, None, 0.01) is None
-    assert guide.reason == "every setting is measured"
+    assert guide.reason == "no setting is left to measure"
 
 
 def test_only_open_settings_are_proposed() -> None:
@@ -254,6 +254,23 @@ def test_a_setting_that_was_not_timed_teaches_its_loss() -> None:
     after = guide.propose([*seen, harmful], [at], 2.0)
     assert before is not None
     assert after is None or after.chance < before.chance / 2
+
+
+def test_the_search_goes_on_from_losses_alone() -> None:
+    guide = Guide(CACHE, all_of(CACHE), [SSIM], 0)
+    default = {"cache_interval": 3, "cache_branch_id": 0}
+    over = Observation(default, math.nan, math.nan, {"ssim": (0.06, 0.002)})
+    proposal = guide.propose([over], None, None)
+    assert proposal is not None
+    assert cached(proposal.params)[1]["ssim"] < cached(default)[1]["ssim"]
+
+
+def test_defaults_that_are_no_setting_are_only_a_place_to_start_from() -> None:
+    space = (choice("mode", "eager", "default", "tuned", identity="eager"), *CACHE)
+    settings = [one for one in all_of(space) if one["mode"] == "tuned"]
+    proposal = Guide(space, settings, [SSIM], 0).propose([], None, None)
+    assert proposal is not None
+    assert proposal.params == {"mode": "tuned", "cache_interval": 3, "cache_branch_id": 0}
 
 
 def test_a_setting_that_was_not_scored_teaches_its_speedup() -> None:

@@ -99,7 +99,7 @@ class Stand:
     @staticmethod
     def _clip(params: Params) -> tuple[Scores, ...]:
         loss = 0.01 * float(params.get("cache_interval", 1))
-        return (Scores("clip_score", (50.0, 50.0), (50 * (1 - loss),) * 2),)
+        return (Scores("clip_score", (50.0,) * 3, (50 * (1 - loss),) * 3),)
 
     def measure(
         self,
@@ -166,6 +166,9 @@ class Events:
 
     def trial_finished(self, study: StoredStudy) -> None:
         self.told.append(study.trials[-1].outcome.value)
+
+    def verified(self, study: StoredStudy, verification: Any) -> None:
+        self.told.append(f"verified {verification.verified}")
 
     def warned(self, of: str) -> None:
         self.told.append(of)
@@ -326,8 +329,8 @@ def test_the_speedup_to_beat_is_what_the_best_trial_reaches_beyond_the_noise(
     lab: Lab, baseline_s: tuple[float, ...], known: bool
 ) -> None:
     class Noisy(Stand):
-        def measure(self, params: Params, *, incumbent: float | None = None) -> Result:
-            result = super().measure(params, incumbent=incumbent)
+        def measure(self, params: Params, **asked: Any) -> Result:
+            result = super().measure(params, **asked)
             latency = Latency(baseline_s, (0.5,) * len(baseline_s))
             return replace(result, measurement=replace(result.measurement, latency=latency))
 
@@ -393,7 +396,7 @@ def test_every_budget_is_a_constraint_and_all_must_hold(lab: Lab) -> None:
     budgets = (Budget(metric="clip_score", max_loss=0.035), Budget(metric="ssim", max_loss=0.1))
 
     def scores(params: Params) -> tuple[Scores, ...]:
-        return (*Stand._clip(params), Scores("ssim", None, (0.8, 0.8)))
+        return (*Stand._clip(params), Scores("ssim", None, (0.8,) * 3))
 
     found = lab.search(Stand(scores=scores), trials=1, budgets=budgets)
     assert found.best is None

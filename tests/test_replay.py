@@ -1,0 +1,188 @@
+"""The replay benchmark: what it charges, and what it reports, on a table of twelve settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from accelsearch.configuration import Budget
+
+PROMPTS, PAIRS = 24, 6  # of each split
+INTERVALS, BRANCHES = [2, 3, 4, 5], [0, 1, 2]
+BROKEN = (5, 2)  # the setting that fails
+BUDGET = Budget(metric="ssim", max_loss=0.05, bound=0.15)
+
+
+@pytest.fixture
+def replay(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import replay as module
+
+    yield module
+    for name in ("replay", "record"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A table as benchmarks/record.py writes it: one call of all prompts of a split takes 1 s."""
+    rng = np.random.default_rng(0)
+    grid = [(i, j) for i in range(len(INTERVALS)) for j in range(len(BRANCHES))]
+    speedup = np.array([INTERVALS[i] ** (1 - 0.3 * j) for i, j in grid])
+    loss = np.array([0.012 * (INTERVALS[i] - 1) * (1 - 0.2 * j) for i, j in grid])
+    failed = np.array([(INTERVALS[i], BRANCHES[j]) == BROKEN for i, j in grid])
+    ones = np.ones((len(grid), PAIRS))
+    baseline = ones * np.where(failed, np.nan, 1.0)[:, None]
+    noise = 0.01 * np.array([-1, 1, -0.5, 0.5, -0.2, 0.2])
+    ssim = 1 - loss[:, None] * rng.uniform(0.8, 1.2, (1, 3 * PROMPTS))
+    clip = np.full(3 * PROMPTS, 30.0)
+    lost = np.where(failed, np.nan, 1.0)[:, None]
+    meta = {
+        "parameters": [
+            {"name": "cache_interval", "values": INTERVALS, "default": 3, "identity": 1},
+            {"name": "cache_branch_id", "values": BRANCHES, "default": 0, "identity": None},
+        ],
+        "splits": {
+            name: [k * PROMPTS, (k + 1) * PROMPTS]
+            for k, name in enumerate(("search", "verification", "truth"))
+        },
+    }
+    path = tmp_path / "tiny.npz"
+    np.savez(
+        path,
+        meta=np.array(json.dumps(meta)),
+        settings=np.array(grid, "int16"),
+        failed=failed,
+        baseline_s=baseline,
+        accelerated_s=baseline / (speedup[:, None] * np.exp(noise)),
+        warmup_s=1 / speedup,
+        score_s=np.zeros((len(grid), 3)),
+        clip_score=clip * lost,
+        psnr=np.full((len(grid), 3 * PROMPTS), 30.0) * lost,
+        ssim=ssim * lost,
+        baseline_clip_score=clip,
+        baseline_image_s=np.ones(3),
+        baseline_score_s=np.zeros(3),
+    )
+    return path
+
+
+def test_the_reference_is_the_fastest_that_surely_keeps_the_budget(replay: Any, path: Path) -> None:
+    table = replay.table_of(path, [BUDGET])
+    assert table.settings[table.reference] == {"cache_interval": 5, "cache_branch_id": 0}
+    assert table.speedup[table.reference] == pytest.approx(5.0, rel=0.01)
+    strict = replay.table_of(path, [Budget(metric="ssim", max_loss=0.03)])
+    assert strict.settings[strict.reference] == {"cache_interval": 3, "cache_branch_id": 0}
+    assert replay.table_of(path, [Budget(metric="ssim", max_loss=1e-6)]).reference is None
+
+
+def test_a_full_measurement_is_charged_a_warm_up_and_six_pairs(replay: Any, path: Path) -> None:
+    table = replay.table_of(path, [BUDGET])
+    row = table.settings.index({"cache_interval": 2, "cache_branch_id": 0})
+    search = replay.Search(table, 0, batch=6)
+    first = search.full(row)
+    assert (len(first.ratios), first.seen) == (6, PROMPTS)
+    # A quarter of the recorded prompts in each call; the baseline's first images are extra.
+    share = 6 / PROMPTS
+    expected = share * (7 / table.speedup[row] + 6 + 1)
+    assert search.spent_s == pytest.approx(expected)
+    again = replay.Search(table, 0, batch=6)
+    again.full(row)
+    before = again.spent_s
+    again.full(row)
+    assert again.spent_s - before == pytest.approx(expected - share)  # they are there already
+
+
+def test_a_setting_over_its_budget_is_not_timed_to_the_end(replay: Any, path: Path) -> None:
+    table = replay.table_of(path, [Budget(metric="ssim", max_loss=0.01)])
+    row = table.settings.index({"cache_interval": 5, "cache_branch_id": 0})
+    search = replay.Search(table, 0, batch=8)
+    replay.Ours(table, 0).measure(search, row)
+    assert search.trials[0].ended == "over budget"
+    assert len(search.trials[0].ratios) < 3
+
+
+def test_a_slow_setting_is_dominated_by_the_best(replay: Any, path: Path) -> None:
+    table = replay.table_of(path, [BUDGET])
+    search = replay.Search(table, 0, batch=8)
+    ours = replay.Ours(table, 0)
+    rows = [
+        table.settings.index({"cache_interval": interval, "cache_branch_id": branch})
+        for interval, branch in ((5, 0), (2, 2), (3, 2), (2, 1))
+    ]
+    for row in rows:
+        ours.measure(search, row)
+    assert [one.ended for one in search.trials] == ["complete"] + 3 * ["dominated"]
+    assert len(search.trials[-1].ratios) < 6  # by the pooled noise, without an interval
+
+
+def test_a_failed_setting_is_charged_its_call_and_never_kept(replay: Any, path: Path) -> None:
+    table = replay.table_of(path, [BUDGET])
+    row = table.settings.index(
+        dict(zip(("cache_interval", "cache_branch_id"), BROKEN, strict=True))
+    )
+    search = replay.Search(table, 0, batch=6)
+    search.full(row)
+    assert search.trials[0].ended == "failed"
+    assert search.spent_s > 0
+    assert search.kept() == []
+    assert not table.holds[row]
+
+
+@pytest.mark.parametrize(
+    "name", ["traversal", "random", "TPE", "TPE, median of speedup", "TPE, halving of loss", "ours"]
+)
+def test_every_strategy_is_charged_what_it_looked_at(replay: Any, path: Path, name: str) -> None:
+    table = replay.table_of(path, [BUDGET])
+    result = replay.replayed(table, replay.STRATEGIES[name], seed=1, batch=6, limit=8)
+    assert 0 < result.spent <= (1.0 + 1e-9 if name in ("traversal", "random") else 1.2)
+    assert result.curve[-1][0] <= result.spent + 1e-9
+    assert result.holds <= result.exported
+    if name in ("traversal", "random"):
+        assert result.spent == pytest.approx(1.0)
+        assert math.isfinite(result.reached)
+        assert result.regret == pytest.approx(0.0, abs=0.02)
+
+
+def test_ours_finds_the_reference_for_less_than_the_traversal(replay: Any, path: Path) -> None:
+    table = replay.table_of(path, [BUDGET])
+    for seed in range(5):
+        result = replay.replayed(table, replay.ours, seed, batch=6, limit=12)
+        assert result.reached < 0.6  # of twelve settings
+        assert result.holds
+
+
+def test_the_report_is_a_table_and_a_picture(
+    replay: Any,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "images" / "replay.svg"
+    chosen = ["--strategy", "ours", "--strategy", "TPE", "--seeds", "2", "--trials", "5"]
+    monkeypatch.setattr(
+        "sys.argv",
+        ["replay.py", str(path), "--budget", "ssim=0.05:0.15", *chosen, "--out", str(out)],
+    )
+    assert replay.main() == 0
+    told = capsys.readouterr().out
+    assert "## tiny, ssim=0.05:0.15" in told
+    assert "| ours | 2 | " in told
+    assert "| TPE | 2 | " in told
+    assert out.read_text(encoding="utf-8").count("<polyline") == 2
+
+
+def test_a_budget_that_cannot_be_read_is_told(
+    replay: Any, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["replay.py", str(path), "--budget", "sharpness=0.1"])
+    with pytest.raises(SystemExit):
+        replay.main()
+    assert "METRIC=LOSS[:BOUND]" in capsys.readouterr().err
