@@ -33,7 +33,7 @@ lint: $(VENV)/installed-dev ## ruff, mypy and import-linter
 bench: $(VENV)/installed ## Measure this project itself: the A/A control
 	$(BIN)/python benchmarks/control.py
 
-bench-scaling: $(VENV)/installed-dev ## Measure up to 64 workers on one PostgreSQL: 12 minutes
+bench-scaling: $(VENV)/installed-dev ## Measure up to 64 workers on one PostgreSQL
 	$(BIN)/python benchmarks/scaling.py
 
 bench-sequential: $(VENV)/installed ## Simulate the test of the budgets: its error rates, and the prompts it takes

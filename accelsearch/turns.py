@@ -7,7 +7,7 @@ one transaction: no trial is ever running without a claim that says whose it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -47,11 +47,12 @@ def take(
     """
     storage, study_id = study._storage, study._study_id
     distributions = {one.name: _distribution(one) for one in space}
+    trials = study.get_trials(deepcopy=False)
 
     def drafted(fixed: Mapping[str, Any]) -> dict[str, ParamValue]:
-        return _listed(space, _draft(study, distributions, fixed))
+        return _listed(space, _draft(study, distributions, fixed, trials))
 
-    for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+    for waiting in (one for one in trials if one.state is TrialState.WAITING):
         fixed = waiting.system_attrs.get("fixed_params", waiting.params)
         setting = drafted(fixed)
         identity = effective(space, setting)
@@ -112,10 +113,17 @@ def finish(
 
 
 class _Drafts:
-    """A storage to which nothing is written of a trial that it does not hold."""
+    """A storage whose trials were read already, and to which nothing is written of a draft."""
 
-    def __init__(self, storage: BaseStorage) -> None:
+    def __init__(self, storage: BaseStorage, trials: Sequence[FrozenTrial]) -> None:
         self._storage = storage
+        self._trials = trials
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        found = [one for one in self._trials if states is None or one.state in states]
+        return copy.deepcopy(found) if deepcopy else found
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         """TPE shares its choice with those who sample meanwhile; the claim does that for us."""
@@ -128,6 +136,7 @@ def _draft(
     study: optuna.Study,
     distributions: Mapping[str, BaseDistribution],
     fixed: Mapping[str, Any],
+    trials: Sequence[FrozenTrial],
 ) -> dict[str, ParamValue]:
     """A whole setting by the study's sampler around the `fixed` values, without a trial."""
     chosen = {
@@ -138,7 +147,7 @@ def _draft(
     if chosen.keys() == distributions.keys():
         return chosen
     study = copy.copy(study)
-    study._storage = _Drafts(study._storage)  # type: ignore[assignment]
+    study._storage = _Drafts(study._storage, trials)  # type: ignore[assignment]
     trial = FrozenTrial(
         number=_DRAFT,
         trial_id=_DRAFT,

@@ -50,6 +50,7 @@ class Launch:
     def __init__(self, folder: Path, *options: str, url: str = "", **environment: str) -> None:
         self.folder = folder
         self.url = url or new_database(folder)
+        self.connections = engine(open_storage(self.url))
         (folder / "plan.toml").write_text(PLAN)
         command = ["launch", str(folder / "plan.toml"), "--logs", str(folder / "logs"), *options]
         self.output = folder / "launch.log"
@@ -69,14 +70,15 @@ class Launch:
         )
 
     def workers(self) -> list[Any]:
-        rows = all_workers(engine(open_storage(self.url)))
+        rows = all_workers(self.connections)
         return [row for row in rows if not row.identity.name.endswith("launcher")]
 
     def await_trial(self, but: Sequence[int] = ()) -> Any:
         """A worker that measures, once there is one."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            claimed = {claim.worker for claim in all_claims(engine(open_storage(self.url)))}
+            begun = (claim for claim in all_claims(self.connections) if claim.age_s > 1)
+            claimed = {claim.worker for claim in begun}
             for row in self.workers():
                 if row.identity.id in claimed and row.identity.pid not in but:
                     return row.identity
@@ -123,7 +125,7 @@ def measured(launch: Launch) -> Counter[tuple[Any, ...]]:
 def test_a_killed_worker_is_replaced_and_its_setting_measured_again(
     started: Callable[..., Launch],
 ) -> None:
-    launch = started("--workers", "2", ACCELSEARCH_STANDIN_S="0.5")
+    launch = started("--workers", "2", ACCELSEARCH_STANDIN_S="2")
     victim = launch.await_trial()
     os.kill(victim.pid, signal.SIGKILL)
     assert launch.wait() == 0, launch.told()
