@@ -51,7 +51,7 @@ class Result:
 
     `losses` and `violations` are by the metrics of the budgets, empty where too little was scored.
     `images` are the accelerated images of the first prompts in the order of scoring, uint8
-    [N, 3, H, W]; None where the setting is no answer, or they were made before.
+    [N, 3, H, W]; None where none was scored, or an earlier trial made them.
     """
 
     outcome: Outcome
@@ -207,7 +207,7 @@ class Bench:
             losses=losses,
             violations=violations,
             seconds=seconds.spent,
-            images=scoring.pictured() if outcome is Outcome.FEASIBLE else None,
+            images=scoring.pictured(),
         )
 
     def _timed(

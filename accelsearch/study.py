@@ -68,6 +68,7 @@ Setting = tuple[tuple[str, ParamValue], ...]
 
 _GUIDED = "guided"
 _CANDIDATES = 500  # settings that the guide looks at, of more some at random
+_LEARNT = 150  # trials that it learns from, the fastest: what is slow is of no interest
 _DRAWS = 3  # of so many settings, before nothing is taken to be left
 _CANDIDATES_VERIFIED = 6  # trials tried on one set of held-out prompts
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
@@ -367,7 +368,8 @@ class _Search:
         chance: random.Random,
     ) -> dict[str, ParamValue] | str:
         """What the guide proposes among all settings, or among many drawn at random."""
-        observed = [_observed(self._space, trial, self._configuration) for trial in known.values()]
+        trials = sorted(known.values(), key=lambda one: -(one.speedup or 0.0))[:_LEARNT]
+        observed = [_observed(self._space, trial, self._configuration) for trial in trials]
         best = max((one.speedup or 0.0 for one in feasible_trials(self._stored)), default=None)
         beat = self._goal or best
         for _ in range(_DRAWS):
