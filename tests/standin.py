@@ -43,9 +43,7 @@ class StandIn:
     def starts(self, known: Iterable[Mapping[str, ParamValue]] = ()) -> list[dict[str, ParamValue]]:
         return starts(self.space, known)
 
-    def measure(
-        self, params: Mapping[str, ParamValue], *, incumbent: float | None = None
-    ) -> Result:
+    def measure(self, params: Mapping[str, ParamValue], **_: Any) -> Result:
         self._tell("begins", params)
         interval, branch = int(params["cache_interval"]), int(params["cache_branch_id"])
         hangs = f"{interval},{branch}" == os.environ.get("ACCELSEARCH_STANDIN_HANGS")
@@ -56,7 +54,8 @@ class StandIn:
         speedup, loss = 1 + 0.1 * interval + 0.001 * branch, 0.001 * interval + 0.0001 * branch
         (budget,) = self.configuration.budgets
         over = violation(loss, budget)
-        scores = Scores("clip_score", (50.0, 50.0), (50 * (1 - loss),) * 2)
+        images = self.configuration.images
+        scores = Scores("clip_score", (50.0,) * images, (50 * (1 - loss),) * images)
         self._tell("measured", params)
         return Result(
             outcome=Outcome.FEASIBLE if over <= 0 else Outcome.OVER_BUDGET,

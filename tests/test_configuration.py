@@ -27,6 +27,7 @@ from accelsearch.configuration import (
 )
 from accelsearch.contract import Key
 from accelsearch.errors import PlanError
+from accelsearch.judging import check_held_out
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
@@ -47,6 +48,7 @@ methods = [["deepcache"], []]
 budgets = [{ metric = "ssim", max_loss = 0 }, { metric = "psnr", floor_db = 25 }]
 prompts = "own.txt"
 images = 2
+held_out_images = 2
 batch_size = 2
 resolution = [832, 1216]
 guidance_scale = 5
@@ -109,7 +111,12 @@ def test_a_plan_needs_three_keys_alone(write: Write) -> None:
     assert (cell.height, cell.width, cell.guidance_scale) == (512, 512, 7.5)
     assert (cell.prompts_name, cell.images, cell.dtype) == ("photo", 24, "float32")
     assert cell.scoring_model == "openai/clip-vit-large-patch14"
-    assert (cell.search.trials, cell.search.timeout_s, cell.search.sampler) == (30, None, "tpe")
+    assert (cell.search.trials, cell.search.timeout_s, cell.search.sampler) == (
+        30,
+        None,
+        "guided",
+    )
+    assert cell.held_out_prompts == ()
     assert (cell.latency.min_pairs, cell.latency.max_pairs) == (6, 40)
     assert cell.space == {}
 
@@ -304,7 +311,8 @@ def test_the_built_in_photo_prompts_are_many_distinct_and_short() -> None:
 def test_every_study_of_the_repository_loads(path: Path) -> None:
     cells = load_plan(path).configurations()
     assert len({cell.slug for cell in cells}) == len(cells)
-    assert all(cell.held_out_prompts for cell in cells)
+    for cell in cells:
+        check_held_out(cell)
 
 
 def test_the_demo_is_the_bundled_model_on_any_device() -> None:
@@ -446,7 +454,7 @@ def test_a_key_names_the_first_budget(write: Write) -> None:
         (
             {"search.trial": 3},
             "unknown key 'search.trial'; did you mean 'trials'? "
-            "valid: 'sampler', 'seed', 'timeout_s', 'trials'",
+            "valid: 'max_retries', 'sampler', 'seed', 'timeout_s', 'trial_timeout_s', 'trials'",
         ),
         ({"serach.trials": 3}, "unknown key 'serach'; did you mean 'search'? "),
         ({"search": 3}, "search must be a table, got 3"),

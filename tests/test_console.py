@@ -44,7 +44,7 @@ def trial(
     params = {"cache_interval": number + 2, "cache_branch_id": 0}
     measurement = None
     if speedup is not None:
-        scores = Scores("clip_score", (50.0,), (50 * (1 - loss),))
+        scores = Scores("clip_score", (50.0,) * 3, (50 * (1 - loss),) * 3)
         latency = Latency((1.0,) * 6, (1 / speedup,) * 6)
         measurement = Measurement(dict(params), latency, (scores,), None, None, {})
     return StoredTrial(number, outcome, reason, dict(params), measurement, reused_from)
@@ -269,7 +269,7 @@ def test_the_table_has_a_row_for_each_study_and_a_loss_for_each_budget(
 ) -> None:
     budgets = (Budget(metric="clip_score", max_loss=0.02), Budget(metric="ssim", max_loss=0.3))
     assert FEASIBLE.measurement is not None
-    scores = (*FEASIBLE.measurement.scores, Scores("ssim", None, (0.8,)))
+    scores = (*FEASIBLE.measurement.scores, Scores("ssim", None, (0.8,) * 3))
     both = replace(FEASIBLE, measurement=replace(FEASIBLE.measurement, scores=scores))
     table = bounds_table(
         [

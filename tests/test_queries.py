@@ -126,7 +126,7 @@ def test_the_closest_answer_is_the_slowest_that_is_fast_enough(
     study: StoredStudy, requested: float
 ) -> None:
     speedups = [speedup for speedup, _, _ in kept(study) if speedup >= requested]
-    found = targeted(study, requested, closest=True)
+    found = targeted(study, requested, "closest")
     assert (found and found.speedup) == min(speedups, default=None)
 
 
@@ -158,7 +158,7 @@ def test_a_loss_of_exactly_the_budget_answers_nothing() -> None:
     assert study.trials[0].loss(CLIP) == 0.02
     assert fastest_feasible(study) is None
     assert targeted(study, 1.0) is None
-    assert targeted(study, 1.0, closest=True) is None
+    assert targeted(study, 1.0, "closest") is None
 
 
 def test_a_loss_of_zero_answers_a_budget_of_none() -> None:
@@ -183,9 +183,9 @@ def test_all_budgets_must_be_kept_not_the_first_alone() -> None:
     budgets = (CLIP, Budget(metric="ssim", max_loss=0.1), Budget(metric="psnr", floor_db=25.0))
 
     def scored(number: int, ssim: float, psnr: float | None) -> StoredTrial:
-        beside = {"ssim": Scores("ssim", None, (ssim,))}
+        beside = {"ssim": Scores("ssim", None, (ssim,) * 2)}
         if psnr is not None:
-            beside["psnr"] = Scores("psnr", None, (psnr,))
+            beside["psnr"] = Scores("psnr", None, (psnr,) * 2)
         measurement = measured(2.0 + number, 0.01, None, **beside)
         return StoredTrial(number, Outcome.FEASIBLE, "told", measurement.params, measurement)
 

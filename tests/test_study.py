@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from accelsearch import objective, report
 from accelsearch import study as module
-from accelsearch.budget import Verdict, decide, loss_told, violation
+from accelsearch.budget import Verdict, loss_told, violation
 from accelsearch.configuration import Budget, LatencySettings, SearchSettings
 from accelsearch.errors import (
     BaselineError,
@@ -26,6 +26,7 @@ from accelsearch.errors import (
     TrialError,
     UnsupportedError,
 )
+from accelsearch.judging import judge
 from accelsearch.latency import dominated
 from accelsearch.measurement import (
     Latency,
@@ -33,7 +34,6 @@ from accelsearch.measurement import (
     ParamValue,
     Scores,
     score_loss,
-    score_losses,
 )
 from accelsearch.methods import Parameter, applied
 from accelsearch.objective import Result, environment_of
@@ -41,6 +41,7 @@ from accelsearch.storage import (
     Outcome,
     StoredStudy,
     StoredTrial,
+    Verification,
     open_storage,
     read_studies,
     study_name,
@@ -52,6 +53,7 @@ Params = Mapping[str, ParamValue]
 
 INTERVAL = Parameter("cache_interval", "int", 3, "", "", low=2, high=5)
 BRANCH = Parameter("cache_branch_id", "int", 0, "", "", low=0, high=2)
+IMAGES = 3  # that the configurations of these tests have
 EVERY = {(interval, branch) for interval in range(2, 6) for branch in range(3)}
 
 
@@ -75,6 +77,7 @@ class Stand:
         self.incumbents: list[float | None] = []
         self.scored: list[dict[str, ParamValue]] = []
         self.known: list[dict[str, ParamValue]] = []
+        self.resumed: list[Measurement | None] = []
 
     def __call__(self, configuration: Any, say: Callable[[str], None]) -> Any:
         self.configuration = configuration
@@ -98,16 +101,27 @@ class Stand:
     @staticmethod
     def _clip(params: Params) -> tuple[Scores, ...]:
         loss = 0.01 * float(params.get("cache_interval", 1))
-        return (Scores("clip_score", (50.0, 50.0), (50 * (1 - loss),) * 2),)
+        return (Scores("clip_score", (50.0,) * IMAGES, (50 * (1 - loss),) * IMAGES),)
 
-    def measure(self, params: Params, *, incumbent: float | None = None) -> Result:
+    def measure(
+        self,
+        params: Params,
+        *,
+        incumbent: float | None = None,
+        goal: float | None = None,
+        noise: float | None = None,
+        known: Measurement | None = None,
+    ) -> Result:
         self.measured.append(dict(params))
         self.incumbents.append(incumbent)
+        self.resumed.append(known)
         self.fault(params)
         latency = Latency((1.0,) * 6, (1 / self.speedup(params),) * 6)
-        scores: tuple[Scores, ...] = ()
+        scores: tuple[Scores, ...] = () if known is None else known.scores
         losses: dict[str, float] = {}
-        if dominated(latency, incumbent):
+        if dominated(latency, goal, noise):
+            outcome, reason = Outcome.TOO_SLOW, f"{goal:.2f}x is asked for"
+        elif dominated(latency, incumbent, noise):
             outcome, reason = Outcome.DOMINATED, f"a feasible trial has {incumbent:.2f}x"
         else:
             self.scored.append(dict(params))
@@ -115,11 +129,9 @@ class Stand:
             budgets = {budget.metric: budget for budget in self.configuration.budgets}
             losses = {one.metric: score_loss(one, budgets[one.metric].floor_db) for one in scores}
             told = [(losses[name], budget) for name, budget in budgets.items()]
-            parts = [
-                (score_losses(one, budgets[one.metric].floor_db), budgets[one.metric])
-                for one in scores
-            ]
-            kept = decide(parts, len(parts[0][0])).verdict is Verdict.WITHIN
+            judgement = judge(scores, self.configuration.budgets, self.configuration.images)
+            assert judgement is not None
+            kept = judgement.verdict is Verdict.WITHIN
             outcome = Outcome.FEASIBLE if kept else Outcome.OVER_BUDGET
             reason = ", ".join(loss_told(*one) for one in told)
         return Result(
@@ -157,6 +169,10 @@ class Events:
 
     def trial_finished(self, study: StoredStudy) -> None:
         self.told.append(study.trials[-1].outcome.value)
+
+    def verified(self, study: StoredStudy, verification: Verification) -> None:
+        kept = "verified" if verification.verified else "refuted"
+        self.told.append(f"trial {verification.trial} {kept}")
 
     def warned(self, of: str) -> None:
         self.told.append(of)
@@ -317,8 +333,8 @@ def test_the_speedup_to_beat_is_what_the_best_trial_reaches_beyond_the_noise(
     lab: Lab, baseline_s: tuple[float, ...], known: bool
 ) -> None:
     class Noisy(Stand):
-        def measure(self, params: Params, *, incumbent: float | None = None) -> Result:
-            result = super().measure(params, incumbent=incumbent)
+        def measure(self, params: Params, **known: Any) -> Result:
+            result = super().measure(params, **known)
             latency = Latency(baseline_s, (0.5,) * len(baseline_s))
             return replace(result, measurement=replace(result.measurement, latency=latency))
 
@@ -384,7 +400,7 @@ def test_every_budget_is_a_constraint_and_all_must_hold(lab: Lab) -> None:
     budgets = (Budget(metric="clip_score", max_loss=0.035), Budget(metric="ssim", max_loss=0.1))
 
     def scores(params: Params) -> tuple[Scores, ...]:
-        return (*Stand._clip(params), Scores("ssim", None, (0.8, 0.8)))
+        return (*Stand._clip(params), Scores("ssim", None, (0.8,) * IMAGES))
 
     found = lab.search(Stand(scores=scores), trials=1, budgets=budgets)
     assert found.best is None
@@ -519,7 +535,7 @@ def test_a_search_whose_limit_is_reached_loads_no_bench(lab: Lab) -> None:
     assert bench.loaded == 0
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "gp", "random", "grid"])
 def test_a_higher_limit_goes_on_and_repeats_no_setting(lab: Lab, sampler: str) -> None:
     benches = [Stand(), Stand(), Stand()]
     for bench, trials in zip(benches, (3, 5, 8), strict=True):
@@ -531,7 +547,7 @@ def test_a_higher_limit_goes_on_and_repeats_no_setting(lab: Lab, sampler: str) -
     assert set(settings) <= EVERY
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "gp", "random", "grid"])
 def test_a_space_is_exhausted_when_each_setting_is_measured_once(lab: Lab, sampler: str) -> None:
     bench = Stand()
     found = lab.search(bench, trials=30, sampler=sampler)
@@ -544,7 +560,7 @@ def test_a_space_is_exhausted_when_each_setting_is_measured_once(lab: Lab, sampl
     assert again.measured == []
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "gp", "random", "grid"])
 def test_settings_that_do_the_same_are_measured_once(lab: Lab, sampler: str) -> None:
     # At interval 1 nothing is cached, whatever the branch.
     interval = replace(INTERVAL, low=1, high=3, identity=1)
@@ -580,7 +596,7 @@ def test_another_sampler_goes_on_where_the_first_one_stopped(lab: Lab) -> None:
     assert sorted(settings) == sorted(EVERY)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "gp", "random", "grid"])
 def test_the_same_seed_searches_the_same_settings_and_another_one_others(
     make_lab: Callable[[Path], Lab], tmp_path: Path, sampler: str
 ) -> None:
@@ -674,7 +690,7 @@ def test_the_trial_of_a_killed_worker_stands_in_nobodys_way(lab: Lab) -> None:
     assert found.stopped == "the limit of 3 trials"
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "grid"])
 def test_a_setting_that_waits_already_is_not_enqueued_again(lab: Lab, sampler: str) -> None:
     lab.search(Stand(), trials=1)
     lab.suggest((4, 1), (5, 2))  # as a worker leaves them that is killed after enqueueing
@@ -727,7 +743,7 @@ def test_the_time_limit_ends_the_search_after_the_running_trial(
     assert len(bench.measured) == 6
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "gp", "random", "grid"])
 def test_without_a_method_there_is_one_setting(lab: Lab, sampler: str) -> None:
     bench = Stand(space=())
     found = lab.search(bench, trials=5, sampler=sampler, methods=())
@@ -741,7 +757,7 @@ def test_without_a_method_there_is_one_setting(lab: Lab, sampler: str) -> None:
     assert again.measured == []
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "gp", "random"])
 def test_a_continuous_parameter_is_searched_up_to_the_limit(lab: Lab, sampler: str) -> None:
     ratio = Parameter("ratio", "float", 0.5, "", "", low=0.1, high=0.7)
     bench = Stand(space=(ratio,))
@@ -833,7 +849,7 @@ def test_a_part_that_this_version_cannot_read_is_left_out(lab: Lab) -> None:
     assert whole.known == []
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "grid"])
 def test_a_space_too_large_to_list_is_drawn_from_without_repeating(
     lab: Lab, sampler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
