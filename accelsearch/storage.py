@@ -97,6 +97,7 @@ _REUSED, _SECONDS = "reused_from", "seconds"
 _WORKER, _LOST = "worker", "lost"
 _SETTINGS = "settings"
 _RESUMES = "resumes"
+_LEAST_VIOLATION = 1e-9  # that Optuna takes for one
 # One attribute for each trial and request, so that workers do not overwrite each other's.
 _VERIFICATION, _REQUEST = "verification:", "request:"
 
@@ -390,7 +391,8 @@ def record(
 ) -> None:
     """Store what a running trial has found. Call it once, right before the trial ends.
 
-    `violations` are Optuna's constraints, by metric; they are write-once, so they come last.
+    `violations` are Optuna's constraints, by metric; they are write-once, so they come last. They
+    are of mean losses, and by their signs Optuna must find the outcome again.
     """
     trial.set_user_attr(_REASON, reason)
     if seconds:
@@ -403,10 +405,23 @@ def record(
         # The same step for every trial: TPE ranks pruned ones by the last step reported.
         trial.report(measurement.latency.speedup, step=0)
         trial.set_user_attr(_MEASUREMENT, measurement.to_dict())
-    for metric, violation in (violations or {}).items():
+    for metric, violation in _signed(violations or {}, outcome).items():
         trial.set_constraint(metric, violation)
     # Last: it says that all the others are there.
     trial.set_user_attr(_OUTCOME, outcome.value)
+
+
+def _signed(violations: Mapping[str, float], outcome: Outcome) -> dict[str, float]:
+    """The violations, at most 0 for what is feasible, and one above 0 for what is over a budget.
+
+    A verdict on a part of the prompts may differ from their mean by a hair.
+    """
+    found = dict(violations)
+    if outcome is Outcome.FEASIBLE:
+        return {metric: min(value, 0.0) for metric, value in found.items()}
+    if outcome is Outcome.OVER_BUDGET and found and max(found.values()) <= 0:
+        found[max(found, key=lambda metric: found[metric])] = _LEAST_VIOLATION
+    return found
 
 
 def record_verification(
