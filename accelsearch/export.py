@@ -260,8 +260,8 @@ def _unverified(study: StoredStudy, verification: Verification | None) -> str:
     if verification is not None:
         return "the held-out prompts do not confirm it"
     if study.verifications:
-        return "other trials came first, and nothing faster was confirmed"
-    return "no prompts are held out: the plan's held_out_images is 0"
+        return "other trials were tried on the held-out prompts, and this one was not"
+    return "it was not tried on held-out prompts, which the plan's held_out_images reserves"
 
 
 def _write(file: Path, data: bytes) -> Path:

@@ -12,6 +12,7 @@ __all__ = [
     "fastest_feasible",
     "feasible_trials",
     "is_refuted",
+    "least_speedup",
     "outcomes",
     "pareto_front",
     "targeted",
@@ -70,7 +71,7 @@ def targeted(study: StoredStudy, requested: float, choice: str = "safest") -> St
     configuration = study.configuration
     answers = [trial for trial in feasible_trials(study) if _speedup(trial) >= requested]
     if choice == "exact":
-        answers = [trial for trial in answers if _least(trial) <= requested]
+        answers = [trial for trial in answers if least_speedup(trial) <= requested]
     if choice != "safest":
         return min(answers, key=_speedup, default=None)
     return min(
@@ -101,7 +102,7 @@ def _speedup(trial: StoredTrial) -> float:
     return trial.speedup
 
 
-def _least(trial: StoredTrial) -> float:
+def least_speedup(trial: StoredTrial) -> float:
     """What a trial reaches at least, by its interval."""
     assert trial.measurement is not None
     interval = trial.measurement.latency.interval()

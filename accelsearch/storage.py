@@ -98,6 +98,7 @@ _REUSED, _SECONDS = "reused_from", "seconds"
 _WORKER, _LOST = "worker", "lost"
 _SETTINGS = "settings"
 _RESUMES = "resumes"
+_LEAST_VIOLATION = 1e-9  # that Optuna takes for one
 # One attribute for each trial and request, so that workers do not overwrite each other's.
 _VERIFICATION, _REQUEST = "verification:", "request:"
 
@@ -389,7 +390,8 @@ def record(
 ) -> None:
     """Store what a running trial has found, in one transaction. Call it right before it ends.
 
-    `violations` are Optuna's constraints, by metric.
+    `violations` are Optuna's constraints, by metric. They are of mean losses, and by their signs
+    Optuna must find the outcome again.
 
     Raises:
         optuna.exceptions.UpdateFinishedTrialError: the trial was ended by another.
@@ -407,10 +409,26 @@ def record(
         trial._trial_id,
         attributes,
         # As `Trial.set_constraint` writes them, one transaction each.
-        {f"constraints:{metric}": float(value) for metric, value in (violations or {}).items()},
+        {
+            f"constraints:{metric}": float(value)
+            for metric, value in _signed(violations or {}, outcome).items()
+        },
         # The same step for every trial: TPE ranks pruned ones by the last step reported.
         None if measurement is None else measurement.latency.speedup,
     )
+
+
+def _signed(violations: Mapping[str, float], outcome: Outcome) -> dict[str, float]:
+    """The violations, at most 0 for what is feasible, and one above 0 for what is over a budget.
+
+    A verdict on a part of the prompts may differ from their mean by a hair.
+    """
+    found = dict(violations)
+    if outcome is Outcome.FEASIBLE:
+        return {metric: min(value, 0.0) for metric, value in found.items()}
+    if outcome is Outcome.OVER_BUDGET and found and max(found.values()) <= 0:
+        found[max(found, key=lambda metric: found[metric])] = _LEAST_VIOLATION
+    return found
 
 
 def record_verification(

@@ -36,7 +36,7 @@ from accelsearch.measurement import (
 )
 from accelsearch.methods import Parameter, effective
 from accelsearch.objective import Bench, Result, check_models, environment_of
-from accelsearch.queries import CHOICES, fastest_feasible, feasible_trials, targeted
+from accelsearch.queries import CHOICES, fastest_feasible, feasible_trials, least_speedup, targeted
 from accelsearch.reconcile import reconcile
 from accelsearch.storage import (
     Outcome,
@@ -72,6 +72,7 @@ _LEARNT = 150  # trials that it learns from, the fastest: what is slow is of no 
 _DRAWS = 3  # of so many settings, before nothing is taken to be left
 _CANDIDATES_VERIFIED = 6  # trials tried on one set of held-out prompts
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
+_ATTEMPTS = 1000  # to draw one that is untried from a space that is not listed
 _ENUMERABLE = 100_000  # settings up to which a space is listed to find untried ones
 
 
@@ -295,12 +296,20 @@ class _Search:
     def _pool(self) -> dict[Setting, Measurement]:
         """What studies of other budgets have measured of the very same settings."""
         siblings = read_siblings(self._study._storage, self._configuration, self._environment)
-        return {
-            _setting(self._space, trial.params): trial.measurement
+        found = [
+            trial.measurement
             for sibling in siblings
             for trial in sibling.current
             if trial.measurement is not None
-        }
+        ]
+        # Of several of one setting, the one that tells most.
+        found.sort(
+            key=lambda one: (
+                sum(len(of.accelerated) for of in one.scores),
+                len(one.latency.baseline_s),
+            )
+        )
+        return {_setting(self._space, one.params): one for one in found}
 
     def _read(self) -> StoredStudy:
         """The study as stored, but with the limits of this search instead of the first one's."""
@@ -408,12 +417,12 @@ class _Search:
         return list(found.values())
 
     def _reopened(self) -> list[StoredTrial]:
-        """The trials that were given up as too slow and are not, by now, the fastest first.
+        """The trials that were given up as too slow and are not, by now, the most hopeful first.
 
         Held-out prompts have refuted what they were slower than, or nothing so fast is asked for.
         """
-        incumbent, noise = self._incumbent(), self._noise()
-        beat = max((one for one in (incumbent, self._goal) if one is not None), default=None)
+        goal, noise = self._goal, self._noise()
+        beat = self._incumbent() if goal is None else goal
         given_up = (Outcome.DOMINATED, Outcome.TOO_SLOW, Outcome.UNSCORED)
         found = [
             one
@@ -422,10 +431,20 @@ class _Search:
             and one.measurement is not None
             and not dominated(one.measurement.latency, beat, noise)
         ]
-        return sorted(found, key=lambda one: -(one.speedup or 0.0))
+        if goal is None:
+            return sorted(found, key=lambda one: -(one.speedup or 0.0))
+        if self._choice == "exact":
+            found = [one for one in found if least_speedup(one) <= goal]
+        # The faster of those that are fast enough lose more.
+        return sorted(found, key=lambda one: abs((one.speedup or 0.0) - goal))
 
     def _incumbent(self) -> float | None:
-        """What the best feasible trial reaches beyond the noise: the lower end of its interval."""
+        """What the best feasible trial reaches beyond the noise: the lower end of its interval.
+
+        None where a goal is asked for: a trial may meet it and be slower than the fastest.
+        """
+        if self._goal is not None:
+            return None
         best = max(feasible_trials(self._stored), key=lambda one: one.speedup or 0.0, default=None)
         if best is None or best.measurement is None:
             return None
@@ -532,6 +551,7 @@ class _Trial:
             self.repeated = True
             return self._repeat(trial, stored)
         known = search._pool.get(setting) if stored is None else stored.measurement
+        resumes = None if stored is None else stored.number
         try:
             result = self._bench.measure(
                 params,
@@ -547,7 +567,7 @@ class _Trial:
             raise
         except TrialError as error:
             self.error = error
-            record(trial, Outcome.FAILED, error.reason)
+            record(trial, Outcome.FAILED, error.reason, resumes=resumes)
             raise
         record(
             trial,
@@ -556,7 +576,7 @@ class _Trial:
             measurement=result.measurement,
             violations=result.violations,
             seconds=result.seconds,
-            resumes=None if stored is None else stored.number,
+            resumes=resumes,
         )
         if result.outcome is not Outcome.FEASIBLE:
             raise optuna.TrialPruned(result.outcome.value)
@@ -600,6 +620,12 @@ class _Trial:
         except OSError as error:
             # The measurement took minutes, and is worth keeping without its picture.
             self._progress.warned(f"no picture in {artifacts}: {error.strerror}")
+
+
+def _told_by(measurement: Measurement) -> tuple[int, int]:
+    """How many images a measurement has scored, and how many pairs of calls it has timed."""
+    scored = min((len(one.accelerated) for one in measurement.scores), default=0)
+    return scored, len(measurement.latency.baseline_s)
 
 
 def _waiting(study: optuna.Study) -> bool:
@@ -698,10 +724,11 @@ def _fresh(
     if every is not None:
         untried = [one for one in every if _setting(space, one) not in tried]
         return chance.choice(untried) if untried else None
-    while True:  # of so many, hardly any have been tried
+    for _ in range(_ATTEMPTS):  # of so many, hardly any have been tried
         drawn = effective(space, {one.name: chance.choice(_values(one)) for one in space})
         if _setting(space, drawn) not in tried:
             return drawn
+    return None
 
 
 def _setting(space: Sequence[Parameter], params: Mapping[str, ParamValue]) -> Setting:
@@ -714,7 +741,10 @@ def _setting(space: Sequence[Parameter], params: Mapping[str, ParamValue]) -> Se
 def _measured(stored: StoredStudy) -> list[StoredTrial]:
     """The trials that count: finished ones, each setting's last."""
     unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
-    return [trial for trial in stored.current if trial.outcome not in unfinished]
+    finished = (trial for trial in stored.current if trial.outcome not in unfinished)
+    # One that was given up while it resumed another does not say so, and both are here.
+    last = {tuple(sorted(trial.params.items())): trial for trial in finished}
+    return list(last.values())
 
 
 def _settings(

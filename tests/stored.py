@@ -66,14 +66,19 @@ def measured(
     speedup: float = 2.0,
     loss: float | None = 0.01,
     params: Mapping[str, ParamValue] | None = None,
+    *,
+    images: int = 2,
     **beside: Scores,
 ) -> Measurement:
-    """A measurement of this speedup and this CLIP score loss, of two prompts; None: not scored."""
-    clip = () if loss is None else (Scores("clip_score", (100.0,) * 2, (100.0 - 100 * loss,) * 2),)
+    """A measurement of this speedup and of this CLIP score loss on each of the first `images`.
+
+    One of None was not scored. The images are all that `configured` has, if not said otherwise.
+    """
+    clip = Scores("clip_score", (100.0,) * images, (100.0 - 100 * (loss or 0),) * images)
     return Measurement(
         params=dict(PARAMS if params is None else params),
         latency=Latency((speedup,) * 6, (1.0,) * 6),
-        scores=(*clip, *beside.values()),
+        scores=(*(() if loss is None else (clip,)), *beside.values()),
         peak_memory_bytes=3_000_000_000,
         baseline_peak_memory_bytes=2_500_000_000,
         implementation={"deepcache": "DeepCache 0.1.1 DeepCacheSDHelper"},
@@ -88,16 +93,21 @@ def add_trial(
     max_loss: float = 0.02,
     params: Mapping[str, ParamValue] | None = None,
     reused_from: int | None = None,
-    **beside: Scores,
+    **beside: float,
 ) -> int:
-    """Add a trial as a search does: complete if it keeps the budget, else pruned. Its number."""
+    """Add a trial as a search does: complete if it keeps the budget, else pruned. Its number.
+
+    All images are scored, each with this loss and, by each metric that is named, this score.
+    """
+    images = len(study.user_attrs["configuration"]["prompts"])
+    scores = {name: Scores(name, None, (score,) * images) for name, score in beside.items()}
     broken = violation(loss, Budget(metric="clip_score", max_loss=max_loss))
     trial = study.ask()
     record(
         trial,
         Outcome.FEASIBLE if broken <= 0 else Outcome.OVER_BUDGET,
         "told",
-        measurement=measured(speedup, loss, params, **beside),
+        measurement=measured(speedup, loss, params, images=images, **scores),
         violations={"clip_score": broken},
         reused_from=reused_from,
     )

@@ -27,6 +27,7 @@ from accelsearch.configuration import (
 )
 from accelsearch.contract import Key
 from accelsearch.errors import PlanError
+from accelsearch.judging import check_held_out
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
@@ -110,7 +111,12 @@ def test_a_plan_needs_three_keys_alone(write: Write) -> None:
     assert (cell.height, cell.width, cell.guidance_scale) == (512, 512, 7.5)
     assert (cell.prompts_name, cell.images, cell.dtype) == ("photo", 24, "float32")
     assert cell.scoring_model == "openai/clip-vit-large-patch14"
-    assert (cell.search.trials, cell.search.timeout_s, cell.search.sampler) == (30, None, "guided")
+    assert (cell.search.trials, cell.search.timeout_s, cell.search.sampler) == (
+        30,
+        None,
+        "guided",
+    )
+    assert cell.held_out_prompts == ()
     assert (cell.latency.min_pairs, cell.latency.max_pairs) == (6, 40)
     assert cell.space == {}
 
@@ -305,6 +311,8 @@ def test_the_built_in_photo_prompts_are_many_distinct_and_short() -> None:
 def test_every_study_of_the_repository_loads(path: Path) -> None:
     cells = load_plan(path).configurations()
     assert len({cell.slug for cell in cells}) == len(cells)
+    for cell in cells:
+        check_held_out(cell)
 
 
 def test_the_demo_is_the_bundled_model_on_any_device() -> None:

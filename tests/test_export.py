@@ -20,7 +20,7 @@ from accelsearch import contract
 from accelsearch.configuration import Budget, Plan
 from accelsearch.errors import ContractError, ExportError, StorageError
 from accelsearch.export import BOUNDS, PARAMS, Exported, export
-from accelsearch.measurement import Environment, Latency, Scores
+from accelsearch.measurement import Environment, Latency
 from accelsearch.report import keep_picture
 from accelsearch.storage import Outcome, create_study, open_storage, record, say_settings
 
@@ -191,7 +191,7 @@ def test_an_entry_holds_what_it_takes_to_rebuild_the_plan(database: BaseStorage,
     )
     (configuration,) = plan.configurations()
     study = create_study(database, configuration, ENVIRONMENT, RandomSampler(seed=0))
-    add_trial(study, 2.0, 0.01, ssim=Scores("ssim", None, (0.95, 0.95)))
+    add_trial(study, 2.0, 0.01, ssim=0.95)
     exported(database, out)
     for file in entries(out):
         ((key, entry),) = file.items()
@@ -391,7 +391,7 @@ def test_studies_of_one_key_are_refused_listed_and_can_be_chosen(
 ) -> None:
     one, two = started(database), started(database, **other)
     for study, speedup in ((one, 2.0), (two, 3.0)):
-        add_trial(study, speedup, 0.01, ssim=Scores("ssim", None, (0.95, 0.95)))
+        add_trial(study, speedup, 0.01, ssim=0.95)
     with pytest.raises(ExportError) as error:
         exported(database, out)
     told = one_line(error)

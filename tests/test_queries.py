@@ -126,7 +126,7 @@ def test_the_closest_answer_is_the_slowest_that_is_fast_enough(
     study: StoredStudy, requested: float
 ) -> None:
     speedups = [speedup for speedup, _, _ in kept(study) if speedup >= requested]
-    found = targeted(study, requested, choice="closest")
+    found = targeted(study, requested, "closest")
     assert (found and found.speedup) == min(speedups, default=None)
 
 
@@ -158,7 +158,7 @@ def test_a_loss_of_exactly_the_budget_answers_nothing() -> None:
     assert study.trials[0].loss(CLIP) == 0.02
     assert fastest_feasible(study) is None
     assert targeted(study, 1.0) is None
-    assert targeted(study, 1.0, choice="closest") is None
+    assert targeted(study, 1.0, "closest") is None
 
 
 def test_a_loss_of_zero_answers_a_budget_of_none() -> None:

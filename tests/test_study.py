@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,10 +23,12 @@ from accelsearch.configuration import Budget, LatencySettings, SearchSettings
 from accelsearch.errors import (
     BaselineError,
     ModelError,
+    PlanError,
     StorageError,
     TrialError,
     UnsupportedError,
 )
+from accelsearch.heartbeat import Worker
 from accelsearch.judging import judge
 from accelsearch.latency import dominated
 from accelsearch.measurement import (
@@ -41,17 +44,21 @@ from accelsearch.storage import (
     Outcome,
     StoredStudy,
     StoredTrial,
+    Verification,
+    engine,
+    give_up,
     open_storage,
     read_studies,
     study_name,
 )
-from accelsearch.study import Found, search
+from accelsearch.study import OTHERS, Found, search
 
 MakeConfiguration = Callable[..., Any]
 Params = Mapping[str, ParamValue]
 
 INTERVAL = Parameter("cache_interval", "int", 3, "", "", low=2, high=5)
 BRANCH = Parameter("cache_branch_id", "int", 0, "", "", low=0, high=2)
+IMAGES = 3  # that the configurations of these tests have
 EVERY = {(interval, branch) for interval in range(2, 6) for branch in range(3)}
 
 
@@ -73,9 +80,9 @@ class Stand:
         self.loaded = 0
         self.measured: list[dict[str, ParamValue]] = []
         self.incumbents: list[float | None] = []
-        self.resumed: list[Measurement | None] = []
         self.scored: list[dict[str, ParamValue]] = []
         self.known: list[dict[str, ParamValue]] = []
+        self.resumed: list[Measurement | None] = []
 
     def __call__(self, configuration: Any, say: Callable[[str], None]) -> Any:
         self.configuration = configuration
@@ -96,10 +103,13 @@ class Stand:
             params.get("cache_branch_id", 0)
         )
 
+    def latency(self, params: Params) -> Latency:
+        return Latency((1.0,) * 6, (1 / self.speedup(params),) * 6)
+
     @staticmethod
     def _clip(params: Params) -> tuple[Scores, ...]:
         loss = 0.01 * float(params.get("cache_interval", 1))
-        return (Scores("clip_score", (50.0,) * 3, (50 * (1 - loss),) * 3),)
+        return (Scores("clip_score", (50.0,) * IMAGES, (50 * (1 - loss),) * IMAGES),)
 
     def measure(
         self,
@@ -114,12 +124,12 @@ class Stand:
         self.incumbents.append(incumbent)
         self.resumed.append(known)
         self.fault(params)
-        latency = Latency((1.0,) * 6, (1 / self.speedup(params),) * 6)
-        scores: tuple[Scores, ...] = ()
+        latency = self.latency(params)
+        scores: tuple[Scores, ...] = () if known is None else known.scores
         losses: dict[str, float] = {}
-        if dominated(latency, goal):
+        if dominated(latency, goal, noise):
             outcome, reason = Outcome.TOO_SLOW, f"{goal:.2f}x is asked for"
-        elif dominated(latency, incumbent):
+        elif dominated(latency, incumbent, noise):
             outcome, reason = Outcome.DOMINATED, f"a feasible trial has {incumbent:.2f}x"
         else:
             self.scored.append(dict(params))
@@ -127,8 +137,9 @@ class Stand:
             budgets = {budget.metric: budget for budget in self.configuration.budgets}
             losses = {one.metric: score_loss(one, budgets[one.metric].floor_db) for one in scores}
             told = [(losses[name], budget) for name, budget in budgets.items()]
-            judgement = judge(scores, self.configuration.budgets, len(scores[0].accelerated))
-            kept = judgement is not None and judgement.verdict is Verdict.WITHIN
+            judgement = judge(scores, self.configuration.budgets, self.configuration.images)
+            assert judgement is not None
+            kept = judgement.verdict is Verdict.WITHIN
             outcome = Outcome.FEASIBLE if kept else Outcome.OVER_BUDGET
             reason = ", ".join(loss_told(*one) for one in told)
         return Result(
@@ -167,8 +178,9 @@ class Events:
     def trial_finished(self, study: StoredStudy) -> None:
         self.told.append(study.trials[-1].outcome.value)
 
-    def verified(self, study: StoredStudy, verification: Any) -> None:
-        self.told.append(f"verified {verification.verified}")
+    def verified(self, study: StoredStudy, verification: Verification) -> None:
+        kept = "verified" if verification.verified else "refuted"
+        self.told.append(f"trial {verification.trial} {kept}")
 
     def warned(self, of: str) -> None:
         self.told.append(of)
@@ -195,11 +207,20 @@ class Lab:
             **({"budgets": budgets, "search": SearchSettings(**settings)} | fields)
         )
 
-    def search(self, bench: Any, progress: Any = None, **fields: Any) -> Found:
+    def search(
+        self,
+        bench: Any,
+        progress: Any = None,
+        goal: float | None = None,
+        choice: str = "safest",
+        **fields: Any,
+    ) -> Found:
         return search(
             self.configuration(**fields),
             open_storage(self.url),
             artifacts=self.artifacts,
+            goal=goal,
+            choice=choice,
             progress=progress,
             bench=bench,
         )
@@ -329,12 +350,8 @@ def test_the_speedup_to_beat_is_what_the_best_trial_reaches_beyond_the_noise(
     lab: Lab, baseline_s: tuple[float, ...], known: bool
 ) -> None:
     class Noisy(Stand):
-        def measure(self, params: Params, **asked: Any) -> Result:
-            result = super().measure(params, **asked)
-            if result.outcome is not Outcome.FEASIBLE:
-                return result
-            latency = Latency(baseline_s, (0.5,) * len(baseline_s))
-            return replace(result, measurement=replace(result.measurement, latency=latency))
+        def latency(self, params: Params) -> Latency:
+            return Latency(baseline_s, (0.5,) * len(baseline_s))
 
     bench = Noisy()
     found = lab.search(bench, trials=2)
@@ -398,7 +415,7 @@ def test_every_budget_is_a_constraint_and_all_must_hold(lab: Lab) -> None:
     budgets = (Budget(metric="clip_score", max_loss=0.035), Budget(metric="ssim", max_loss=0.1))
 
     def scores(params: Params) -> tuple[Scores, ...]:
-        return (*Stand._clip(params), Scores("ssim", None, (0.8,) * 3))
+        return (*Stand._clip(params), Scores("ssim", None, (0.8,) * IMAGES))
 
     found = lab.search(Stand(scores=scores), trials=1, budgets=budgets)
     assert found.best is None
@@ -533,7 +550,7 @@ def test_a_search_whose_limit_is_reached_loads_no_bench(lab: Lab) -> None:
     assert bench.loaded == 0
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "grid"])
 def test_a_higher_limit_goes_on_and_repeats_no_setting(lab: Lab, sampler: str) -> None:
     benches = [Stand(), Stand(), Stand()]
     for bench, trials in zip(benches, (3, 5, 8), strict=True):
@@ -545,7 +562,7 @@ def test_a_higher_limit_goes_on_and_repeats_no_setting(lab: Lab, sampler: str) -
     assert set(settings) <= EVERY
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "grid"])
 def test_a_space_is_exhausted_when_each_setting_is_measured_once(lab: Lab, sampler: str) -> None:
     bench = Stand()
     found = lab.search(bench, trials=30, sampler=sampler)
@@ -558,7 +575,7 @@ def test_a_space_is_exhausted_when_each_setting_is_measured_once(lab: Lab, sampl
     assert again.measured == []
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "grid"])
 def test_settings_that_do_the_same_are_measured_once(lab: Lab, sampler: str) -> None:
     # At interval 1 nothing is cached, whatever the branch.
     interval = replace(INTERVAL, low=1, high=3, identity=1)
@@ -594,7 +611,7 @@ def test_another_sampler_goes_on_where_the_first_one_stopped(lab: Lab) -> None:
     assert sorted(settings) == sorted(EVERY)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "grid"])
 def test_the_same_seed_searches_the_same_settings_and_another_one_others(
     make_lab: Callable[[Path], Lab], tmp_path: Path, sampler: str
 ) -> None:
@@ -688,7 +705,7 @@ def test_the_trial_of_a_killed_worker_stands_in_nobodys_way(lab: Lab) -> None:
     assert found.stopped == "the limit of 3 trials"
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "grid"])
 def test_a_setting_that_waits_already_is_not_enqueued_again(lab: Lab, sampler: str) -> None:
     lab.search(Stand(), trials=1)
     lab.suggest((4, 1), (5, 2))  # as a worker leaves them that is killed after enqueueing
@@ -741,7 +758,7 @@ def test_the_time_limit_ends_the_search_after_the_running_trial(
     assert len(bench.measured) == 6
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "gp", "random", "grid"])
 def test_without_a_method_there_is_one_setting(lab: Lab, sampler: str) -> None:
     bench = Stand(space=())
     found = lab.search(bench, trials=5, sampler=sampler, methods=())
@@ -755,7 +772,7 @@ def test_without_a_method_there_is_one_setting(lab: Lab, sampler: str) -> None:
     assert again.measured == []
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "gp", "random"])
 def test_a_continuous_parameter_is_searched_up_to_the_limit(lab: Lab, sampler: str) -> None:
     ratio = Parameter("ratio", "float", 0.5, "", "", low=0.1, high=0.7)
     bench = Stand(space=(ratio,))
@@ -864,3 +881,370 @@ def test_nothing_feasible_has_no_best(lab: Lab) -> None:
     found = lab.search(Stand(), trials=3, budgets=(Budget(metric="clip_score", max_loss=0.0),))
     assert found.best is None
     assert {trial.outcome for trial in found.study.trials} == {Outcome.OVER_BUDGET}
+
+
+# Guided by what was measured
+
+
+def test_a_guided_search_finds_the_best_setting_before_it_has_measured_all(lab: Lab) -> None:
+    interval, branch = replace(INTERVAL, high=11), replace(BRANCH, high=9)
+    bench = Stand(space=(interval, branch))
+    found = lab.search(bench, trials=100, sampler="guided")
+    # The fastest whose loss, 1 % an interval, is under 3.5 %.
+    assert found.best is not None
+    assert found.best.params == {"cache_interval": 3, "cache_branch_id": 0}
+    assert found.stopped.startswith("no setting has a chance of 2% to keep the budgets")
+    assert len(bench.measured) < 20
+    assert len({setting(params) for params in bench.measured}) == len(bench.measured)
+    # What it ended with is its answer again, and nothing is measured for it.
+    again = Stand(space=(interval, branch))
+    assert lab.search(again, trials=100, sampler="guided").stopped == found.stopped
+    assert again.measured == []
+
+
+def test_a_guided_search_goes_on_where_another_limit_stopped_it(lab: Lab) -> None:
+    first, second = Stand(), Stand()
+    lab.search(first, trials=2, sampler="guided")
+    lab.search(second, trials=4, sampler="guided")
+    settings = [setting(params) for params in [*first.measured, *second.measured]]
+    assert len(set(settings)) == len(settings) == 4
+
+
+def test_a_guided_search_is_the_same_again_with_the_same_seed(
+    make_lab: Callable[[Path], Lab], tmp_path: Path
+) -> None:
+    measured = []
+    for name in ("a", "b"):
+        bench = Stand()
+        make_lab(tmp_path / name).search(bench, trials=5, sampler="guided")
+        measured.append(bench.measured)
+    assert measured[0] == measured[1]
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.5])  # nothing is feasible; everything is
+def test_a_guided_search_of_a_space_too_large_to_list_ends_and_repeats_nothing(
+    lab: Lab, budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ENUMERABLE", 5)
+    bench, budgets = Stand(), (Budget(metric="clip_score", max_loss=budget),)
+    lab.search(bench, trials=30, sampler="guided", budgets=budgets)
+    measured = {setting(params) for params in bench.measured}
+    assert len(measured) == len(bench.measured)
+    assert measured <= EVERY
+
+
+@pytest.mark.parametrize("limits", [{"trials": 3}, {"trials": 30}])
+def test_a_guided_search_with_nothing_feasible_ends_without_a_best(
+    lab: Lab, limits: dict[str, int]
+) -> None:
+    budgets = (Budget(metric="clip_score", max_loss=0.001),)
+    found = lab.search(Stand(), sampler="guided", budgets=budgets, **limits)
+    assert found.best is None
+    assert found.stopped
+    assert {trial.outcome for trial in found.study.trials} == {Outcome.OVER_BUDGET}
+
+
+def test_a_guided_search_in_which_all_fails_says_so(lab: Lab) -> None:
+    bench = Stand(fault=failing(error=TrialError("images contain NaN")))
+    with pytest.raises(TrialError, match=r"^all 3 trials failed"):
+        lab.search(bench, trials=10, sampler="guided")
+
+
+def test_a_guided_search_leaves_what_others_measure_to_them(lab: Lab) -> None:
+    lab.search(Stand(), trials=1, sampler="guided")
+    with Worker(engine(open_storage(lab.url))) as other:
+        study_id = lab.study._study_id
+        assert other.claim(study_id, {"cache_interval": 5, "cache_branch_id": 0})
+        bench = Stand()
+        found = lab.search(bench, trials=12, sampler="guided")
+        assert (5, 0) not in {setting(params) for params in bench.measured}
+        assert found.stopped == OTHERS
+        assert found.pending == ({"cache_interval": 5, "cache_branch_id": 0},)
+
+
+def test_neighbours_of_other_steps_and_schedulers_are_starts(lab: Lab) -> None:
+    here = lab.search(Stand(), trials=6)
+    assert here.best is not None
+    for fields in ({"steps": 8}, {"scheduler": "EulerDiscreteScheduler"}):
+        other = Stand()
+        lab.search(other, trials=1, **fields)
+        assert here.best.params in other.known
+    for fields in ({"methods": ("tome",)}, {"seed": 4}):
+        other = Stand()
+        lab.search(other, trials=1, **fields)
+        assert here.best.params not in other.known
+
+
+# A speedup that is asked for
+
+
+def test_a_stored_trial_answers_a_goal_without_a_bench(lab: Lab) -> None:
+    bounds = lab.search(Stand(), trials=12, sampler="grid")
+    for goal in (1.5, 1.45, 0.9):
+        bench = Stand()
+        found = lab.search(bench, trials=12, sampler="grid", goal=goal)
+        assert bench.loaded == 0
+        assert found.answer is not None
+        assert found.answer.speedup is not None
+        assert found.answer.speedup >= goal
+        assert found.stopped == f"trial {found.answer.number} meets {goal:g}x"
+        assert found.best == bounds.best
+    assert lab.study.user_attrs.keys() >= {"request:1.5", "request:1.45", "request:0.9"}
+
+
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "grid"])
+def test_a_search_for_a_goal_ends_with_the_first_trial_that_meets_it(
+    lab: Lab, sampler: str
+) -> None:
+    bench = Stand()
+    found = lab.search(bench, trials=12, sampler=sampler, goal=1.2)
+    # The default one does: it is the first.
+    assert bench.measured == [bench.defaults()]
+    assert found.answer is not None
+    assert found.answer.number == 0
+
+
+@pytest.mark.parametrize("sampler", ["guided", "tpe", "grid"])
+def test_a_goal_above_everything_ends_with_a_reason_and_the_best_there_is(
+    lab: Lab, sampler: str
+) -> None:
+    bench = Stand()
+    found = lab.search(bench, trials=30, sampler=sampler, goal=9.0)
+    assert found.answer is None
+    assert found.stopped
+    assert "meets" not in found.stopped
+    assert len(bench.measured) == len({setting(params) for params in bench.measured})
+    # None of them was fast enough to be worth scoring.
+    assert bench.scored == []
+    assert {trial.outcome for trial in found.study.trials} == {Outcome.TOO_SLOW}
+
+
+def test_what_was_too_slow_for_a_goal_is_resumed_by_a_lower_one_and_counted_once(lab: Lab) -> None:
+    lab.search(Stand(), trials=2, sampler="grid", goal=9.0)
+    (first, _) = lab.trials
+    assert first.outcome is Outcome.TOO_SLOW
+    bench = Stand()
+    found = lab.search(bench, trials=2, sampler="grid", goal=1.5)
+    # The limit is reached, but this one is measured already: it is gone on with.
+    assert bench.measured == [first.params]
+    assert bench.resumed == [first.measurement]
+    last = lab.trials[-1]
+    assert last.resumes == first.number
+    assert found.answer == last
+    assert first not in found.study.current
+    assert len(found.study.current) == 2
+
+
+def test_the_largest_speedup_is_looked_for_among_what_was_too_slow_for_a_goal(lab: Lab) -> None:
+    lab.search(Stand(), trials=12, sampler="grid", goal=9.0)
+    bench = Stand()
+    found = lab.search(bench, trials=12, sampler="grid")
+    assert found.best is not None
+    assert found.best.params == {"cache_interval": 3, "cache_branch_id": 0}
+    # The fastest first; once a feasible one is found, what is slower stays unscored.
+    speeds = [Stand.speedup(params) for params in bench.measured]
+    assert speeds == sorted(speeds, reverse=True)
+    assert min(speeds) >= 1.5
+    again = Stand()
+    assert lab.search(again, trials=12, sampler="grid").best == found.best
+    assert again.measured == []
+
+
+def test_a_resumed_trial_that_fails_is_not_resumed_again(lab: Lab) -> None:
+    lab.search(Stand(), trials=1, goal=9.0)
+    bench = Stand(fault=failing((3, 0), error=TrialError("out of GPU memory")))
+    found = lab.search(bench, trials=2)
+    assert [setting(params) for params in bench.measured].count((3, 0)) == 1
+    assert found.stopped == "the limit of 2 trials"
+    assert found.study.trials[1].outcome is Outcome.FAILED
+    assert found.study.trials[1].resumes == 0
+    assert [trial.number for trial in found.study.current] == [1, 2]
+
+
+def test_a_resumed_trial_whose_worker_was_lost_too_often_is_not_resumed_again(lab: Lab) -> None:
+    lab.search(Stand(), trials=1, goal=9.0)
+    study = lab.study
+    study.enqueue_trial(study.trials[0].params)
+    study.ask(dict(study.trials[0].distributions))
+    # As `reconcile` leaves it, which cannot know what it resumed.
+    give_up(study._storage, study.trials[1], Outcome.FAILED, "its worker is gone")
+    assert lab.trials[1].params == lab.trials[0].params
+    bench = Stand()
+    found = lab.search(bench, trials=3)
+    assert found.stopped == "the limit of 3 trials"
+    assert (3, 0) not in {setting(params) for params in bench.measured}
+    assert len(bench.measured) == 2  # the two trials of one setting count as one
+
+
+def test_an_exact_answer_is_looked_for_below_the_fastest_feasible_trial(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    lab.suggest((2, 0), (2, 1), (2, 2))
+    lab.search(Stand(), trials=4)
+    best, *slower = lab.trials
+    assert [one.outcome for one in slower] == [Outcome.DOMINATED] * 3
+    goal = slower[1].speedup
+    bench = Stand()
+    found = lab.search(bench, trials=4, goal=goal, choice="exact")
+    # Alone what may be the answer is gone on with, whatever is faster.
+    assert bench.measured == [slower[1].params]
+    assert found.answer is not None
+    assert found.answer.resumes == slower[1].number
+    assert found.answer.speedup == goal
+    assert found.best == best
+
+
+def test_an_exact_goal_between_all_speedups_is_not_met(lab: Lab) -> None:
+    bench = Stand()
+    found = lab.search(bench, trials=30, sampler="grid", goal=1.25, choice="exact")
+    assert found.answer is None
+    assert found.stopped == "all 12 settings are measured"
+    # Those faster than the goal were scored, and do not answer it.
+    closest = lab.search(Stand(), trials=12, sampler="grid", goal=1.25, choice="closest")
+    assert closest.answer is not None
+    assert closest.answer.speedup == pytest.approx(1.3)
+
+
+# Samples that other budgets have left
+
+
+def test_another_budget_of_the_same_goes_on_with_what_is_stored(lab: Lab) -> None:
+    first = lab.search(Stand(), trials=3, sampler="grid")
+    bench = Stand()
+    tight = (Budget(metric="clip_score", max_loss=0.025),)
+    second = lab.search(bench, trials=12, sampler="grid", budgets=tight)
+    assert second.study.name != first.study.name
+    stored = {setting(trial.params): trial.measurement for trial in first.study.trials}
+    for params, known in zip(bench.measured, bench.resumed, strict=True):
+        assert known == stored.get(setting(params))
+    assert sum(known is not None for known in bench.resumed) == 3
+
+
+def test_samples_of_another_environment_or_context_are_not_taken_over(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.search(Stand(), trials=1)
+    tight = (Budget(metric="clip_score", max_loss=0.025),)
+    bench = Stand()
+    lab.search(bench, trials=1, budgets=tight, seed=0, guidance_scale=5.0)
+    here = environment_of(lab.configuration())
+    monkeypatch.setattr(module, "environment_of", lambda _: replace(here, device="another GPU"))
+    lab.search(bench, trials=1, budgets=tight)
+    assert bench.resumed == [None, None]
+
+
+# Held-out prompts
+
+
+HELD_OUT = tuple(f"held out {number}" for number in range(150))
+"""Enough to verify several settings, one after the other, that lose nothing, within 3.5 %."""
+
+
+class Judged(Stand):
+    """A stand-in that loses on held-out prompts what `losses` says, by interval; else nothing."""
+
+    def __init__(self, losses: Mapping[int, float] | None = None) -> None:
+        super().__init__()
+        self.losses = losses or {}
+        self.held_out: list[tuple[int, int]] = []
+
+    def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+        interval, branch = setting(params)
+        self.held_out.append((interval, branch))
+        count = len(self.configuration.held_out_prompts)
+        loss = self.losses.get(interval, 0.0)
+        return (Scores("clip_score", (50.0,) * count, (50 * (1 - loss),) * count),)
+
+
+def test_the_best_trial_is_verified_once_on_held_out_prompts(lab: Lab) -> None:
+    bench, events = Judged(), Events()
+    found = lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert found.best is not None
+    assert bench.held_out == [(3, 0)]
+    verification = found.study.verifications[found.best.number]
+    assert verification.verified
+    assert verification.candidate == 0
+    assert f"trial {found.best.number} verified" in events.told
+    again = Judged()
+    found = lab.search(again, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert again.loaded == 0
+    assert found.study.verifications.keys() == {found.best.number if found.best else None}
+
+
+def test_a_refuted_trial_is_followed_by_the_next_best_with_its_own_share_of_the_error(
+    lab: Lab,
+) -> None:
+    bench = Judged({3: 0.2})
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    # All of interval 3 are refuted, one after the other; of interval 2 the fastest holds.
+    held = [one for one in bench.held_out if one[0] == 3]
+    assert bench.held_out == [*held, (2, 0)]
+    assert held[0] == (3, 0)
+    by_candidate = sorted(found.study.verifications.values(), key=lambda one: one.candidate)
+    assert [one.candidate for one in by_candidate] == list(range(len(bench.held_out)))
+    assert [one.verified for one in by_candidate] == [False] * len(held) + [True]
+
+
+def test_what_a_refuted_trial_had_dominated_is_scored_after_all(lab: Lab) -> None:
+    lab.search(Judged({3: 0.2}), trials=1, held_out_prompts=())
+    lab.suggest((2, 0))
+    plain = Judged({3: 0.2})
+    lab.search(plain, trials=2, held_out_prompts=())
+    assert lab.trials[1].outcome is Outcome.DOMINATED
+    bench = Judged({3: 0.2})
+    found = lab.search(bench, trials=2, held_out_prompts=HELD_OUT)
+    assert bench.measured == [{"cache_interval": 2, "cache_branch_id": 0}]
+    assert bench.resumed == [lab.trials[1].measurement]
+    assert bench.held_out == [(3, 0), (2, 0)]
+    assert found.best is not None
+    assert found.best.resumes == 1
+    assert len(found.study.current) == 2
+
+
+def test_where_nothing_is_confirmed_the_fastest_stays_the_best_and_says_so(lab: Lab) -> None:
+    bench = Judged({2: 0.3, 3: 0.2})
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert found.best is not None
+    assert found.best.params == {"cache_interval": 3, "cache_branch_id": 0}
+    assert not found.study.verifications[found.best.number].verified
+    assert len(bench.held_out) == len(set(bench.held_out)) <= 6
+
+
+def test_the_answer_to_a_goal_is_verified_too(lab: Lab) -> None:
+    bench = Judged()
+    found = lab.search(bench, trials=12, goal=1.2, held_out_prompts=HELD_OUT)
+    assert found.answer is not None
+    assert found.study.verifications.keys() == {found.answer.number}
+
+
+def test_too_few_held_out_prompts_are_refused_and_how_many_it_takes_is_told(lab: Lab) -> None:
+    bench = Judged()
+    with pytest.raises(PlanError, match=r"held_out_images must be >= (\d+) .*got 5;") as refused:
+        lab.search(bench, held_out_prompts=HELD_OUT[:5])
+    assert bench.loaded == 0
+    assert read_studies(open_storage(lab.url)) == ()
+    told = re.search(r">= (\d+)", str(refused.value))
+    assert told is not None
+    enough = int(told[1])
+    assert 5 < enough <= len(HELD_OUT)
+    found = lab.search(bench, trials=1, held_out_prompts=HELD_OUT[:enough])
+    assert found.study.verifications[0].verified
+    with pytest.raises(PlanError, match=f"must be >= {enough} "):
+        lab.search(bench, held_out_prompts=HELD_OUT[: enough - 1])
+
+
+def test_held_out_prompts_are_refused_where_no_loss_is_allowed(lab: Lab) -> None:
+    none = (Budget(metric="clip_score", max_loss=0.0),)
+    with pytest.raises(PlanError, match="held_out_images must be 0"):
+        lab.search(Judged(), budgets=none, held_out_prompts=HELD_OUT)
+
+
+def test_a_setting_that_cannot_make_held_out_images_is_told_and_stays_unverified(lab: Lab) -> None:
+    class Broken(Judged):
+        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+            raise TrialError("images are black")
+
+    events = Events()
+    found = lab.search(Broken(), events, trials=1, held_out_prompts=HELD_OUT)
+    assert found.best is not None
+    assert found.study.verifications == {}
+    assert "trial 0 cannot be verified: images are black" in events.told
