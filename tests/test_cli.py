@@ -531,7 +531,8 @@ def test_bounds_exits_with_1_when_nothing_is_feasible(run: Run, write_plan: Writ
     ran = run("bounds", write_plan(budgets='[{ metric = "ssim", max_loss = 0.0 }]'))
     assert ran.code == 1
     assert "none" in ran.out
-    assert "2 over budget" in ran.out
+    assert " over budget" in ran.out
+    assert "no setting has a chance of " in ran.err  # one is enough to tell
     assert "Traceback" not in ran.err
     exported = run("export")
     assert exported.code == 1
