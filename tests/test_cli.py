@@ -26,6 +26,9 @@ from accelsearch.methods import METHODS
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "bounds",
+    "target",
+    "worker",
+    "launch",
     "measure",
     "methods",
     "export",
@@ -504,7 +507,7 @@ def test_bounds_searches_goes_on_and_is_read_by_the_others(
     column = (line.split("│")[1].strip() for line in shown.out.splitlines() if "│" in line)
     assert "".join(column) == name
     assert "feasible" in shown.out
-    (as_json,) = json.loads(run("status", "--json").out)
+    (as_json,) = json.loads(run("status", "--json").out)["studies"]
     assert as_json["study"] == name
     assert sum(as_json["outcomes"].values()) == 3
     assert as_json["outcomes"]["feasible"] >= 1
@@ -534,7 +537,7 @@ def test_bounds_exits_with_1_when_nothing_is_feasible(run: Run, write_plan: Writ
     exported = run("export")
     assert exported.code == 1
     assert "no entry: nothing feasible in " in exported.err
-    (status,) = json.loads(run("status", "--json").out)
+    (status,) = json.loads(run("status", "--json").out)["studies"]
     assert status["best"] is None
     assert status["outcomes"] == {"over budget": 2}
     assert "none" in run("status").out
@@ -549,7 +552,7 @@ def test_a_broken_baseline_is_told_stored_and_exit_code_1(
     assert len(errors) == 1
     assert errors[0].endswith("the baseline cannot be measured: images contain NaN")
     assert "Traceback" not in ran.err
-    (status,) = json.loads(run("status", "--json").out)
+    (status,) = json.loads(run("status", "--json").out)["studies"]
     assert status["outcomes"] == {"interrupted": 1}
 
 
@@ -631,7 +634,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(
     )
     assert "Traceback" not in ran.err
     if name == "bounds":
-        (status,) = json.loads(run("status", "--json").out)
+        (status,) = json.loads(run("status", "--json").out)["studies"]
         assert status["outcomes"] == {"interrupted": 1}
 
 

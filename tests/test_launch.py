@@ -160,7 +160,8 @@ def test_a_trial_that_hangs_is_tried_again_and_then_failed_with_its_reason(
     assert again.outcome is Outcome.FAILED
     assert again.reason == "its trial took longer than 1 s, 2 times in all"
     assert first.params == again.params == {"cache_interval": 3, "cache_branch_id": 0}
-    assert len(others) == 11
+    # Chance may repeat a setting, which is not measured again.
+    assert len([one for one in others if one.reused_from is None]) == 11
     assert launch.told().count("its trial took too long") == 2
 
 
