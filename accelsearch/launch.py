@@ -209,11 +209,17 @@ def launch(
     crew = Crew(uuid.uuid4().hex[:4], seats)
     start = _on_slurm(slurm, logs) if slurm is not None else _here(logs)
     interrupted = False
+
+    def said_why(worker: str) -> bool:
+        """Whether a worker has left word why it ended itself."""
+        rows = all_workers(engine(storage))
+        return any(row.farewell for row in rows if row.identity.name == worker)
+
     with Worker(engine(storage), device="launcher", name=f"{crew.name}/launcher") as launcher:
         try:
             while not all(place.finished for place in crew.places):
                 for place in crew.places:
-                    _tend(place, crew, start, arguments, watcher)
+                    _tend(place, crew, start, arguments, said_why, watcher)
                 _look(crew, storage, launcher)
                 watcher.shown(crew)
                 time.sleep(poll_s)
@@ -236,6 +242,7 @@ def _tend(
     crew: Crew,
     start: Callable[[Seat, WorkerJob], _Job],
     arguments: Sequence[str],
+    said_why: Callable[[str], bool],
     watcher: Watcher,
 ) -> None:
     """See to one seat: start its worker, or find out how it ended."""
@@ -250,6 +257,8 @@ def _tend(
     if place.job.alive():
         return
     code = place.job.code()
+    if code is None and said_why(crew.worker(place.seat)):
+        code = HUNG  # it ended its process in the midst of a call, without a result
     ended_in, place.job = place.job.id, None
     done_here = 0 if place.at_work is None else place.at_work.trials
     place.trials, place.at_work = place.trials + done_here, None

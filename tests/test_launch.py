@@ -272,12 +272,17 @@ def ends(*codes: int | None, trials: Mapping[int, int] | None = None) -> list[En
         if place.finished:
             break
         place.start_at = 0
-        module._tend(place, crew, lambda seat, work: Job(left.pop(0)), (), told)
+        module._tend(place, crew, lambda seat, work: Job(left.pop(0)), (), silent, told)
         place.trials = 0
         if (trials or {}).get(len(told.endings)):
             place.at_work = Row(1)  # type: ignore[assignment]
-        module._tend(place, crew, lambda seat, work: Job(None), (), told)
+        module._tend(place, crew, lambda seat, work: Job(None), (), silent, told)
     return told.endings
+
+
+def silent(worker: str) -> bool:
+    """Says of every worker that it left no word."""
+    return False
 
 
 class Row:
