@@ -26,8 +26,9 @@ from accelsearch.methods import METHODS
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "bounds",
-    "launch",
+    "target",
     "worker",
+    "launch",
     "measure",
     "methods",
     "export",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from accelsearch import objective, pipelines
+from accelsearch import latency, objective, pipelines
 from accelsearch.configuration import Budget, LatencySettings, Range
 from accelsearch.contract import within
 from accelsearch.errors import (
@@ -22,10 +22,11 @@ from accelsearch.errors import (
     TrialError,
     UnsupportedError,
 )
+from accelsearch.judging import FIRST_LOOK
 from accelsearch.methods import METHODS, Parameter, applied
 from accelsearch.objective import Bench, check_models, environment_of
 from accelsearch.quality import METRICS, ClipScore
-from accelsearch.storage import Outcome
+from accelsearch.storage import Outcome, StoredTrial
 
 MakeConfiguration = Callable[..., Any]
 
@@ -441,6 +442,244 @@ def test_a_baseline_whose_scores_are_all_zero_fails_the_trial(
     monkeypatch.setattr(objective, "load_metrics", lambda *_: METRICS | {"clip_score": Liking({})})
     with pytest.raises(TrialError, match="mean clip_score must be > 0"):
         make_bench().measure(ROUGH)
+
+
+# As much as it takes
+
+
+MANY = tuple(f"a red circle {number}" for number in range(200))
+LOOSE = Budget(metric="clip_score", max_loss=0.4)
+
+
+class Losing(ClipScore):
+    """A scorer that finds `loss` in every accelerated image; baselines have 50 points.
+
+    `bench` scores the baseline image of a prompt right after the accelerated one.
+    """
+
+    def __init__(self, loss: float) -> None:
+        super().__init__()
+        object.__setattr__(self, "loss", loss)
+        object.__setattr__(self, "is_accelerated", True)
+
+    def score(self, images: Any, prompts: Sequence[str], baseline_images: Any) -> list[float]:
+        fall = self.loss if self.is_accelerated else 0.0  # type: ignore[attr-defined]
+        object.__setattr__(self, "is_accelerated", not self.is_accelerated)  # type: ignore[attr-defined]
+        return [50.0 * (1 - fall)] * len(prompts)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The calls of the pipeline from now on; True for accelerated ones."""
+    calls: list[bool] = []
+    inside: list[bool] = []
+
+    @contextmanager
+    def watched(*arguments: Any) -> Iterator[None]:
+        with applied(*arguments):
+            inside.append(True)
+            try:
+                yield
+            finally:
+                inside.pop()
+
+    def call(*arguments: Any) -> Any:
+        calls.append(bool(inside))
+        return plain(*arguments)
+
+    plain = pipelines.call
+    monkeypatch.setattr(objective, "applied", watched)
+    monkeypatch.setattr(pipelines, "call", call)
+    monkeypatch.setattr(latency, "call", call)
+    return calls
+
+
+def losing(monkeypatch: pytest.MonkeyPatch, loss: float) -> None:
+    """Let every accelerated image of a first measurement lose this much of its CLIP score."""
+    metrics = {"clip_score": Losing(loss), "psnr": METRICS["psnr"], "ssim": METRICS["ssim"]}
+    monkeypatch.setattr(objective, "load_metrics", lambda *_: metrics)
+
+
+def test_a_setting_far_over_its_budget_is_given_up_after_its_first_images(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing(monkeypatch, 0.45)
+    calls = counting(monkeypatch)
+    patient = LatencySettings(min_pairs=150, max_pairs=200, warmup=0)
+    bench = make_bench(prompts=MANY, budgets=(CLIP,), latency=patient)
+    result = bench.measure(ROUGH)
+    assert result.outcome is Outcome.OVER_BUDGET
+    seen = len(accelerated(result)["clip_score"])
+    assert FIRST_LOOK <= seen < 40
+    # Timing has made them, and ended with them.
+    assert len(result.measurement.latency.accelerated_s) == sum(calls) == seen
+    assert result.reason == f"clip_score loss 45 % of 2 %, {seen} of 200 images"
+    assert result.losses == {"clip_score": pytest.approx(0.45)}
+    assert result.violations["clip_score"] > 0
+    assert result.images is None
+
+
+def test_a_setting_far_under_its_budget_is_accepted_before_all_images_are_scored(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing(monkeypatch, 0.0)
+    calls = counting(monkeypatch)
+    bench = make_bench(prompts=MANY, budgets=(LOOSE,))
+    result = bench.measure(ROUGH)
+    assert result.outcome is Outcome.FEASIBLE
+    seen = len(accelerated(result)["clip_score"])
+    assert FIRST_LOOK <= seen < 40
+    assert len(calls) == 2 * seen + 1  # the pair that is timed makes the first baseline again
+    assert result.reason.endswith(f"{seen} of 200 images")
+    stored = StoredTrial(0, result.outcome, result.reason, dict(ROUGH), result.measurement)
+    assert stored.feasible(bench.configuration)
+    # It is ranked by what it may lose, not by the little that was seen of it.
+    assert stored.loss(LOOSE) == pytest.approx(0.0)
+    most = stored.most_loss(bench.configuration)
+    assert most is not None
+    assert 0.05 < most <= 0.4
+
+
+def test_a_setting_that_stays_undecided_is_decided_by_the_mean_and_told_unproven(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing(monkeypatch, 0.019)
+    result = make_bench(prompts=MANY[:12], budgets=(CLIP,)).measure(ROUGH)
+    assert result.outcome is Outcome.FEASIBLE
+    assert len(accelerated(result)["clip_score"]) == 12
+    assert result.reason == "clip_score loss 1.9 % of 2 %, unproven"
+
+
+def test_timing_and_scoring_share_their_calls(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counting(monkeypatch)
+    bench = make_bench(prompts=MANY[:8], latency=SIX_PAIRS)
+    result = bench.measure(FINE)
+    assert len(accelerated(result)["psnr"]) == 8
+    # Six pairs, the baseline call before them, and what the two prompts left over take.
+    assert calls.count(True) == 8
+    assert calls.count(False) == 1 + 8
+    # Whatever call has made an image, it is that of its prompt and seed.
+    apart = make_bench(prompts=MANY[:8], latency=ONE_PAIR).measure(FINE)
+    assert accelerated(apart)["psnr"] == accelerated(result)["psnr"]
+
+
+@pytest.mark.parametrize("goal", [None, 1000.0])
+def test_a_setting_slower_than_asked_for_is_never_scored(
+    make_bench: Callable[..., Bench], goal: float | None
+) -> None:
+    said: list[str] = []
+    bench = make_bench(said.append, latency=SIX_PAIRS)
+    result = bench.measure(ROUGH, goal=goal, incumbent=None if goal else 1000.0)
+    assert result.outcome is (Outcome.TOO_SLOW if goal else Outcome.DOMINATED)
+    if goal:
+        assert result.reason == "1000.00x is asked for"
+    assert result.measurement.scores == ()
+    assert result.losses == result.violations == {}
+    assert "loading the scorers" not in said
+
+
+def test_a_known_noise_tells_a_slow_setting_after_two_pairs(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench(latency=SIX_PAIRS)
+    result = bench.measure(ROUGH, incumbent=1000.0, noise=0.1)
+    assert result.outcome is Outcome.DOMINATED
+    assert len(result.measurement.latency.baseline_s) == 2
+
+
+# Going on
+
+
+def test_nothing_is_called_where_everything_is_known(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(latency=SIX_PAIRS)
+    first = bench.measure(FINE)
+    calls = counting(monkeypatch)
+    again = bench.measure(FINE, known=first.measurement)
+    assert calls == []
+    assert again.measurement == first.measurement
+    assert (again.outcome, again.reason) == (first.outcome, first.reason)
+    assert (again.losses, again.violations) == (first.losses, first.violations)
+    assert again.images is None  # they were made before
+    # Not by another bench either, which has made no baseline yet.
+    assert make_bench(latency=SIX_PAIRS).measure(FINE, known=first.measurement).losses
+    assert calls == []
+
+
+def test_a_dominated_trial_is_gone_on_with_where_it_ended(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(latency=SIX_PAIRS)
+    short = bench.measure(FINE, incumbent=1000.0, noise=0.1)
+    assert len(short.measurement.latency.baseline_s) == 2
+    calls = counting(monkeypatch)
+    resumed = bench.measure(FINE, known=short.measurement)
+    assert resumed.outcome is Outcome.FEASIBLE
+    timed, before = resumed.measurement.latency, short.measurement.latency
+    assert len(timed.baseline_s) == len(timed.accelerated_s) == 6
+    assert timed.baseline_s[:2] == before.baseline_s
+    assert timed.accelerated_s[:2] == before.accelerated_s
+    # Four pairs more; three of them make the images that are scored.
+    assert calls.count(True) == 4
+    assert accelerated(resumed) == accelerated(bench.measure(FINE))
+
+
+def test_scores_are_gone_on_with_by_a_budget_that_needs_more(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing(monkeypatch, 0.0)
+    first = make_bench(prompts=MANY, budgets=(LOOSE,)).measure(FINE)
+    seen = len(accelerated(first)["psnr"])
+    tight = Budget(metric="clip_score", max_loss=0.05)
+    bench = make_bench(prompts=MANY, budgets=(tight,))
+    calls = counting(monkeypatch)
+    second = bench.measure(FINE, known=first.measurement)
+    assert second.outcome is Outcome.FEASIBLE
+    more = len(accelerated(second)["psnr"]) - seen
+    assert 0 < more < 60
+    # The one pair that it takes is timed already, and no image is made twice.
+    assert calls.count(True) == calls.count(False) == more
+    assert second.measurement.latency == first.measurement.latency
+    whole = bench.measure(FINE)
+    assert accelerated(second)["psnr"] == accelerated(whole)["psnr"]
+
+
+def test_scores_by_other_metrics_are_not_gone_on_with(make_bench: Callable[..., Bench]) -> None:
+    first = make_bench(budgets=(PSNR,)).measure(FINE)
+    assert "clip_score" not in accelerated(first)
+    second = make_bench(budgets=(CLIP,)).measure(FINE, known=first.measurement)
+    assert second.outcome is Outcome.FEASIBLE
+    assert {len(scores) for scores in accelerated(second).values()} == {3}
+
+
+# Held-out prompts
+
+
+def test_held_out_prompts_are_scored_with_seeds_of_their_own(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = ("a cat", "a dog", "a hen")
+    bench = make_bench(held_out_prompts=held_out, batch_size=2, seed=7)
+    made: list[tuple[str, int]] = []
+    plain = pipelines.generate
+
+    def generate(pipeline: Any, configuration: Any, prompts: Any, seeds: Any) -> Any:
+        made.extend(zip(prompts, seeds, strict=True))
+        return plain(pipeline, configuration, prompts, seeds)
+
+    monkeypatch.setattr(pipelines, "generate", generate)
+    scores = {one.metric: one for one in bench.held_out_scores(FINE)}
+    assert scores.keys() == {"clip_score", "psnr", "ssim"}
+    assert {len(one.accelerated) for one in scores.values()} == {3}
+    # Three prompts are the search's; the seeds go on from theirs, baseline and accelerated alike.
+    assert sorted(made) == sorted(2 * [("a cat", 10), ("a dog", 11), ("a hen", 12)])
+    # For a second candidate the baseline stands.
+    made.clear()
+    again = bench.held_out_scores(ROUGH)
+    assert sorted(made) == [("a cat", 10), ("a dog", 11), ("a hen", 12)]
+    assert again != tuple(scores.values())
 
 
 # The space
