@@ -39,8 +39,9 @@ bench-scaling: $(VENV)/installed-dev ## Measure up to 64 workers on one PostgreS
 bench-sequential: $(VENV)/installed ## Simulate the test of the budgets: its error rates, and the prompts it takes
 	$(BIN)/python benchmarks/sequential.py
 
-bench-full-size: $(VENV)/installed ## Measure the methods on full-size architectures: 15 minutes on one large GPU
-	$(BIN)/python benchmarks/full_size.py --profile --bundled
+bench-full-size: $(VENV)/installed ## Measure the methods on full-size architectures: 18 minutes on one large GPU
+	$(BIN)/python benchmarks/full_size.py --pipeline StableDiffusionPipeline --profile --bundled --minutes 8
+	$(BIN)/python benchmarks/full_size.py --pipeline StableDiffusionXLPipeline --profile --minutes 8
 
 postgres: $(VENV)/installed-postgres ## Start a PostgreSQL server in storage/pg, and print its URL
 	@storage/postgres.sh start
