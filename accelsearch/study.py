@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
@@ -69,6 +68,7 @@ Setting = tuple[tuple[str, ParamValue], ...]
 _GUIDED = "guided"
 _CANDIDATES = 500  # settings that the guide looks at, of more some at random
 _LEARNT = 150  # trials that it learns from, the fastest: what is slow is of no interest
+_NOISE = 0.05  # of a pair's log ratio, as long as nobody has measured it
 _DRAWS = 3  # of so many settings, before nothing is taken to be left
 _CANDIDATES_VERIFIED = 6  # trials tried on one set of held-out prompts
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
@@ -378,7 +378,8 @@ class _Search:
     ) -> dict[str, ParamValue] | str:
         """What the guide proposes among all settings, or among many drawn at random."""
         trials = sorted(known.values(), key=lambda one: -(one.speedup or 0.0))[:_LEARNT]
-        observed = [_observed(self._space, trial, self._configuration) for trial in trials]
+        noise = self._noise() or _NOISE
+        observed = [_observed(self._space, one, self._configuration, noise) for one in trials]
         best = max((one.speedup or 0.0 for one in feasible_trials(self._stored)), default=None)
         beat = self._goal or best
         for _ in range(_DRAWS):
@@ -633,24 +634,25 @@ def _waiting(study: optuna.Study) -> bool:
 
 
 def _observed(
-    space: Sequence[Parameter], trial: StoredTrial, configuration: Configuration
+    space: Sequence[Parameter], trial: StoredTrial, configuration: Configuration, noise: float
 ) -> Observation:
-    """What a trial tells the guide."""
+    """What a trial tells the guide; `noise` is that of one pair's log ratio."""
     params = effective(space, trial.params)
     if trial.measurement is None:
         return Observation(params, math.nan, math.nan, {})
     latency = trial.measurement.latency
-    ratios = np.log(latency.baseline_s) - np.log(latency.accelerated_s)
-    # Of one pair nobody knows the error; of few it is easily taken for too small.
-    error = max(float(ratios.std(ddof=1)), 0.01) if len(ratios) > 1 else 0.05
     losses = {}
     for budget in configuration.budgets:
         for scores in trial.measurement.scores:
             if scores.metric == budget.metric:
                 parts = score_losses(scores, budget.floor_db)
                 spread = float(parts.std(ddof=1)) if len(parts) > 1 else abs(float(parts[0]))
-                losses[budget.metric] = (float(parts.mean()), spread / math.sqrt(len(parts)))
-    return Observation(params, math.log(latency.speedup), error / math.sqrt(len(ratios)), losses)
+                # Of all prompts the mean is known: nothing is drawn any more.
+                unseen = max(1 - len(parts) / configuration.images, 0.0)
+                error = spread * math.sqrt(unseen / len(parts))
+                losses[budget.metric] = (float(parts.mean()), error)
+    error = noise / math.sqrt(len(latency.baseline_s))
+    return Observation(params, math.log(latency.speedup), error, losses)
 
 
 def _sampler(settings: SearchSettings, trials: int) -> BaseSampler:
