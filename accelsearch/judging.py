@@ -9,7 +9,7 @@ from accelsearch.budget import ALPHA, Judgement, candidate_alpha, decide, prompt
 from accelsearch.configuration import Budget, Configuration
 from accelsearch.errors import PlanError
 from accelsearch.measurement import Scores, score_losses
-from accelsearch.quality import METRICS
+from accelsearch.quality import METRICS, PSNR_CAP_DB
 
 __all__ = ["FIRST_LOOK", "check_held_out", "judge", "judge_held_out"]
 
@@ -71,7 +71,10 @@ def check_held_out(configuration: Configuration) -> None:
     count = len(configuration.held_out_prompts)
     if not count:
         return
-    needed = [prompts_needed(budget, candidate_alpha(0)) for budget in configuration.budgets]
+    needed = [
+        prompts_needed(budget, candidate_alpha(0), _lossless(budget))
+        for budget in configuration.budgets
+    ]
     if None in needed:
         raise PlanError(
             "held_out_images must be 0 where a budget allows no loss at all: no number of prompts "
@@ -83,6 +86,11 @@ def check_held_out(configuration: Configuration) -> None:
             f"held_out_images must be >= {most} to verify a setting without any loss at "
             f"{1 - ALPHA:.0%} confidence, got {count}; reserve more, or none"
         )
+
+
+def _lossless(budget: Budget) -> float:
+    """The loss of images that equal the baseline's: their PSNR is capped at 100 dB."""
+    return 0.0 if budget.floor_db is None else budget.floor_db - PSNR_CAP_DB
 
 
 def _scale(scores: Iterable[Scores], count: int | None) -> float | None:

@@ -21,6 +21,7 @@ import accelsearch
 from accelsearch import cli, objective, study
 from accelsearch.contract import Key
 from accelsearch.errors import AccelSearchError, ModelError, StorageError, TrialError
+from accelsearch.measurement import Latency
 from accelsearch.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -646,6 +647,130 @@ def test_a_space_with_nothing_left_is_bad_input(run: Run, write_plan: WritePlan)
     assert len(errors) == 1
     assert "space.cache_interval must leave a value" in errors[0]
     assert "Traceback" not in ran.err
+
+
+# target
+
+
+class Fixed:
+    """Let each setting be as fast as its interval is long, whatever the tiny pipeline takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loaded: list[Any] = []
+        self.params: list[dict[str, Any]] = []
+        fixed, load, measure = self, objective.pipelines.load, objective.Bench.measure
+
+        def loading(configuration: Any) -> Any:
+            fixed.loaded.append(configuration)
+            return load(configuration)
+
+        def timed(bench: Any, params: Any, *_: Any) -> Any:
+            # What follows is the bench's own: nothing but the clock is another.
+            return objective.Timing(
+                Latency((float(params["cache_interval"]),) * 6, (1.0,) * 6), None, None, None
+            )
+
+        def measuring(bench: Any, params: Any, **options: Any) -> Any:
+            fixed.params.append(dict(params))
+            return measure(bench, params, **options)
+
+        monkeypatch.setattr(objective.pipelines, "load", loading)
+        monkeypatch.setattr(objective.Bench, "_timed", timed)
+        monkeypatch.setattr(objective.Bench, "measure", measuring)
+
+
+NARROW = "{ cache_interval = [2, 3, 4], cache_branch_id = [0] }"
+
+
+def stopped(ran: Ran) -> list[str]:
+    return [line.strip() for line in ran.err.splitlines() if "stopped: " in line]
+
+
+def test_target_answers_from_what_bounds_has_stored(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = Fixed(monkeypatch)
+    plan = write_plan(space=NARROW, search="{ trials = 10, sampler = 'grid' }")
+    assert run("bounds", plan).code == 0
+    measured_before, loaded_before = len(fixed.params), len(fixed.loaded)
+    ran = run("target", plan, "--speedup", 1.5, "--speedup", 2, "--speedup", 3)
+    assert ran.code == 0, ran.err
+    assert len(fixed.params) == measured_before
+    assert len(fixed.loaded) == loaded_before
+    # The largest first.
+    assert [line.split(" meets ")[1] for line in stopped(ran)] == ["3x", "2x", "1.5x"]
+    assert "Targets" in ran.out
+    assert run("export", "--out", "exports").code == 0
+    entries = json.loads(Path("exports/search_params.json").read_text()).values()
+    requests = sorted(one for entry in entries for one in entry["requests"])
+    assert requests == [1.5, 2.0, 3.0]
+    for entry in entries:
+        assert all(entry["speedup"] >= one for one in entry["requests"])
+
+
+def test_target_measures_no_more_than_it_takes_and_shares_its_trials(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = Fixed(monkeypatch)
+    plan = write_plan(space=NARROW, search="{ trials = 10 }")
+    ran = run("target", plan, "--speedup", 2, "--speedup", 3)
+    assert ran.code == 0, ran.err
+    # The default setting, interval 3, meets both.
+    assert fixed.params == [{"cache_interval": 3, "cache_branch_id": 0}]
+    assert len(fixed.loaded) == 1
+
+
+@pytest.mark.parametrize("option", ["--closest", "--exact"])
+def test_target_answers_with_the_nearest_speedup_where_it_is_asked_to(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    Fixed(monkeypatch)
+    plan = write_plan(space=NARROW, search="{ trials = 10, sampler = 'grid' }")
+    assert run("bounds", plan).code == 0
+    ran = run("target", plan, "--speedup", 2, option)
+    if option == "--exact":
+        assert ran.code == 0, ran.err
+        assert "2.00x" in ran.out
+        between = run("target", plan, "--speedup", 2.5, option)
+        assert between.code == 1
+        assert "none: " in between.out
+    else:
+        assert ran.code == 0, ran.err
+        assert re.search(r"2x +[234]\.00x", ran.out)
+
+
+def test_an_unreachable_target_ends_with_the_reason_and_the_best_there_is(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Fixed(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")
+    plan = write_plan(space=NARROW, search="{ trials = 10 }")
+    assert run("bounds", plan).code == 0
+    ran = run("target", plan, "--speedup", 9, "--speedup", 2)
+    assert ran.code == 1
+    assert re.search(r"9x +none: .+; the best is 4\.00x", ran.out)
+    assert re.search(r"2x +[234]\.00x", ran.out)  # what can be met is
+    assert "Traceback" not in ran.err
+
+
+def test_a_target_that_cannot_be_meant_is_bad_input(run: Run, write_plan: WritePlan) -> None:
+    plan = write_plan()
+    told = run("target", plan, "--speedup", 2, "--closest", "--exact").said_one_line()
+    assert "one of --closest and --exact" in told
+    assert "--speedup" in run("target", plan).said_one_line()
+    assert "--speedup" in run("target", plan, "--speedup", -1).said_one_line()
+    held_out = run("target", write_plan(held_out_images="1"), "--speedup", 2)
+    assert held_out.code == 2
+    assert "held_out_images must be >= " in held_out.err
+
+
+def test_target_can_be_narrowed_to_one_cell_of_the_plan(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = Fixed(monkeypatch)
+    plan = write_plan(steps="[4, 5]", space=NARROW)
+    assert run("target", plan, "--speedup", 2, "--steps", 5).code == 0
+    assert [one.steps for one in fixed.loaded] == [5]
 
 
 # methods and doctor

@@ -715,3 +715,39 @@ def test_a_name_that_is_not_public_is_missing() -> None:
 def test_the_version_is_that_of_the_distribution() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert accelsearch.__version__ == project["version"]
+
+
+# The prompts of a search, and those that it never sees
+
+
+def test_the_prompts_have_one_random_order_which_the_seed_alone_decides(write: Write) -> None:
+    cells = load_plan(write(MINIMAL), {"images": 24, "steps": [20, 50]}).configurations()
+    first, second = (cell.order for cell in cells)
+    assert first == second  # of whatever steps
+    assert sorted(first) == list(range(24))
+    assert first != tuple(range(24))
+    other = load_plan(write(MINIMAL), {"images": 24, "seed": 1}).configurations()[0]
+    assert other.order != first
+    assert sorted(other.order) == list(range(24))
+
+
+def test_the_order_of_scoring_belongs_to_what_is_measured(write: Write) -> None:
+    assert cell_of(write).context()["order"] == "random"
+    assert cell_of(write).identity()["order"] == "random"
+
+
+def test_held_out_prompts_are_the_next_ones_of_the_list(write: Write) -> None:
+    def split(images: int, held_out: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        changes = {"prompts": "own.txt", "images": images, "held_out_images": held_out}
+        (cell,) = load_plan(write(MINIMAL), changes).configurations()
+        return cell.prompts, cell.held_out_prompts
+
+    assert split(2, 1) == (("a cat", "a dog"), ("a cow",))
+    assert split(1, 3) == (("a cat",), ("a dog", "a cow", "a hen"))
+    assert split(4, 0) == (("a cat", "a dog", "a cow", "a hen"), ())
+    with pytest.raises(PlanError, match=r"images \+ held_out_images must be <= 4, .*got 2 \+ 3"):
+        split(2, 3)
+
+
+def test_how_many_prompts_are_held_out_changes_no_identity(write: Write) -> None:
+    assert cell_of(write).identity() == cell_of(write, held_out_images=2).identity()

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from accelsearch import console as module
+from accelsearch.budget import Judgement, Verdict
 from accelsearch.configuration import Budget, SearchSettings
 from accelsearch.console import (
     LiveProgress,
@@ -19,10 +20,12 @@ from accelsearch.console import (
     bounds_table,
     progress_on,
     settings,
+    targets_table,
     told,
+    verification_told,
 )
 from accelsearch.measurement import Environment, Latency, Measurement, Scores
-from accelsearch.storage import Outcome, StoredStudy, StoredTrial
+from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 from accelsearch.study import Found
 
 ENVIRONMENT = Environment("a CPU [of mine]", "cpu", None, None, 2, "3.11", {"torch": "2.13.0"})
@@ -293,3 +296,58 @@ def test_the_table_fits_a_narrow_place_and_loses_nothing(make_study: MakeStudy) 
 def test_a_trial_that_is_slower_than_no_acceleration_is_told_so() -> None:
     assert "slower" not in told(FEASIBLE)
     assert told(trial(3, speedup=0.8)).startswith("0.80x (slower than no acceleration)  ")
+
+
+# Targets and held-out prompts
+
+
+def verification_of(loss: float, verdict: Verdict) -> Verification:
+    scores = (Scores("clip_score", (50.0,) * 64, (50 * (1 - loss),) * 64),)
+    return Verification(0, 0, Judgement(verdict, True, {}), scores)
+
+
+def test_a_target_shows_what_answers_it_or_why_nothing_does(make_study: MakeStudy) -> None:
+    study = make_study(FEASIBLE, OVER)
+    met = Found(study, "trial 0 meets 1.5x", goal=1.5)
+    missed = Found(study, "no setting has a chance", goal=4.0)
+    nothing = Found(make_study(OVER), "the limit of 1 trials", goal=2.0)
+    console = Console(file=StringIO(), width=120)
+    console.print(targets_table([met, missed, nothing]))
+    text = shown(console)
+    assert re.search(r"1\.5x +2\.00x \[2\.00, 2\.00\]", text)
+    assert "cache_interval=2" in text
+    assert "1 % of 2 %" in text
+    assert "none: no setting has a chance; the best is 2.00x" in text
+    assert "none: the limit of 1 trials" in text
+    assert text.count("the best is") == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "verdict", "expected"),
+    [
+        (0.001, Verdict.WITHIN, "verified on 64 held-out prompts (clip_score loss 0.1 % of 2 %)"),
+        (0.05, Verdict.OVER, "not verified on 64 held-out prompts (clip_score loss 5 % of 2 %)"),
+    ],
+)
+def test_what_held_out_prompts_say_is_told_and_stands_in_the_table(
+    make_study: MakeStudy, loss: float, verdict: Verdict, expected: str
+) -> None:
+    study = replace(make_study(FEASIBLE), verifications={0: verification_of(loss, verdict)})
+    assert verification_told(study, study.verifications[0]) == expected
+    for console in (terminal(), pipe()):
+        with progress_on(console) as progress:
+            progress.study_started(study, ENVIRONMENT)
+            progress.verified(study, study.verifications[0])
+        assert f"trial 0: {expected}" in shown(console).replace("\n", " ").replace("  ", " ")
+    console = Console(file=StringIO(), width=120)
+    console.print(bounds_table([Found(study, "")]))
+    assert ("not verified" in shown(console)) is (verdict is Verdict.OVER)
+    assert "verified" in shown(console)
+
+
+def test_a_table_of_a_study_without_held_out_prompts_says_nothing_of_them(
+    make_study: MakeStudy,
+) -> None:
+    console = Console(file=StringIO(), width=120)
+    console.print(bounds_table([Found(make_study(FEASIBLE), "")]))
+    assert "verified" not in shown(console)

@@ -20,9 +20,17 @@ from accelsearch import contract
 from accelsearch.configuration import Budget, Plan
 from accelsearch.errors import ContractError, ExportError, StorageError
 from accelsearch.export import BOUNDS, PARAMS, Exported, export
-from accelsearch.measurement import Environment, Latency
+from accelsearch.measurement import Environment, Latency, Scores
 from accelsearch.report import keep_picture
-from accelsearch.storage import Outcome, create_study, open_storage, record, say_settings
+from accelsearch.storage import (
+    Outcome,
+    create_study,
+    open_storage,
+    record,
+    record_request,
+    record_verification,
+    say_settings,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 
@@ -533,3 +541,104 @@ def test_a_picture_that_cannot_be_written_is_told_and_leaves_the_old_one(
         exported(database, out)
     assert picture.read_bytes() == before
     assert {file.name for file in out.iterdir()} == names
+
+
+# How far an entry can be trusted
+
+
+def held_out(loss: float, count: int = 300) -> tuple[Scores, ...]:
+    return (Scores("clip_score", (100.0,) * count, (100 * (1 - loss),) * count),)
+
+
+def test_without_held_out_prompts_an_entry_is_unverified_and_says_why(
+    database: BaseStorage, out: Path
+) -> None:
+    add_trial(started(database), 2.0, 0.01)
+    exported(database, out)
+    for file in entries(out):
+        ((_, entry),) = file.items()
+        assert entry["verified"] is False
+        assert entry["verification"] is None
+        assert "held_out_images" in entry["unverified_because"]
+        assert entry["scored_images"] == entry["images"] == 2
+        assert entry["loss_intervals"] == {"clip_score": [entry["score_loss"]] * 2}
+
+
+def test_a_verified_entry_has_the_loss_that_was_found_on_held_out_prompts(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    record_verification(study, add_trial(study, 2.0, 0.01), 0, held_out(0.002))
+    exported(database, out)
+    for file in entries(out):
+        ((_, entry),) = file.items()
+        assert entry["verified"] is True
+        assert entry["unverified_because"] is None
+        verification = entry["verification"]
+        assert verification["images"] == 300
+        assert verification["losses"] == {"clip_score": pytest.approx(0.002)}
+        low, high = verification["loss_intervals"]["clip_score"]
+        assert low < 0.002 < high <= 0.02
+        assert verification["confidence"] == pytest.approx(0.975)
+        assert entry["score_loss"] == pytest.approx(0.01)  # that of the search stays
+
+
+def test_a_refuted_trial_gives_way_to_the_next_and_the_confidence_is_that_of_a_second_try(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    record_verification(study, add_trial(study, 3.0, 0.01), 0, held_out(0.1))
+    slower = add_trial(study, 2.0, 0.01)
+    record_verification(study, slower, 1, held_out(0.0, 400))
+    exported(database, out)
+    entry = entries(out)[0][BOUND]
+    assert (entry["trial"], entry["verified"]) == (slower, True)
+    assert entry["verification"]["confidence"] == pytest.approx(0.9875)
+
+
+def test_where_nothing_is_confirmed_the_best_is_exported_as_not_verified(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    record_verification(study, add_trial(study, 3.0, 0.01), 0, held_out(0.1))
+    exported(database, out)
+    entry = entries(out)[0][BOUND]
+    assert entry["verified"] is False
+    assert entry["unverified_because"] == "the held-out prompts do not confirm it"
+    assert entry["verification"]["losses"] == {"clip_score": pytest.approx(0.1)}
+
+
+def test_an_early_accepted_entry_says_of_how_many_images_and_what_it_may_lose(
+    database: BaseStorage, out: Path
+) -> None:
+    many = tuple(f"prompt {number}" for number in range(200))
+    study = started(database, prompts=many, budgets=(Budget(metric="clip_score", max_loss=0.4),))
+    trial = study.ask()
+    early = measured(2.0, 0.0, images=20)
+    record(trial, Outcome.FEASIBLE, "told", measurement=early, violations={"clip_score": -1.0})
+    study.tell(trial, 2.0)
+    exported(database, out)
+    for file in entries(out):
+        ((_, entry),) = file.items()
+        assert (entry["scored_images"], entry["images"]) == (20, 200)
+        assert entry["proven"] is True
+        low, high = entry["loss_intervals"]["clip_score"]
+        assert low < entry["score_loss"] == 0.0 < high <= 0.4
+
+
+def test_each_answered_request_has_an_entry_that_lists_it(database: BaseStorage, out: Path) -> None:
+    study = started(database)
+    fast = add_trial(study, 8.37, 0.015, params={"cache_interval": 9, "cache_branch_id": 0})
+    safe = add_trial(study, 3.2, 0.001, params={"cache_interval": 3, "cache_branch_id": 0})
+    for speedup in (8.0, 3.0, 2.0, 9.0):
+        record_request(study, speedup, "safest")
+    exported(database, out)
+    bounds, params = entries(out)
+    assert bounds[BOUND]["trial"] == fast
+    by_trial = {entry["trial"]: (key, entry) for key, entry in params.items()}
+    assert by_trial.keys() == {fast, safe}  # 9x is answered by none
+    key, entry = by_trial[fast]
+    assert ast.literal_eval(key)[3] == entry["speedup"] == pytest.approx(8.37)
+    assert entry["requests"] == [8.0]
+    assert by_trial[safe][1]["requests"] == [2.0, 3.0]
+    assert by_trial[safe][1]["cache_interval"] == 3

@@ -14,7 +14,8 @@ import torch
 
 from accelsearch.configuration import LatencySettings
 from accelsearch.errors import TrialError
-from accelsearch.latency import measure_latency
+from accelsearch.latency import dominated, measure_latency
+from accelsearch.measurement import Latency
 from accelsearch.methods import applied
 from accelsearch.pipelines import run_of
 
@@ -271,3 +272,109 @@ def test_peak_memory_counts_the_pipeline_and_not_what_else_is_on_the_gpu(
     other = torch.zeros(256 * 2**20, dtype=torch.uint8, device="cuda")
     assert peaks() == pytest.approx((accelerated, baseline), rel=0.01)
     del other
+
+
+# Calls that are shared with scoring
+
+
+class Numbered:
+    """Prompts that say which call they are of; rules the setting out after some pairs."""
+
+    def __init__(self, over_after: int = 1000) -> None:
+        self.taken: list[tuple[int, bool]] = []
+        self.asked = 0
+        self._over_after = over_after
+
+    def inputs(self, index: int) -> tuple[list[str], list[int]]:
+        return [f"prompt {index}"], [index]
+
+    def made(self, index: int, images: torch.Tensor, *, accelerated: bool) -> None:
+        self.taken.append((index, accelerated))
+
+    def over(self) -> bool:
+        self.asked += 1
+        return self.asked >= self._over_after
+
+
+def shared(
+    pipeline: Any, configuration: Any, settings: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    timing = LatencySettings(**({"min_pairs": 6, "max_pairs": 6, "warmup": 0} | (settings or {})))
+    configuration = configuration.model_copy(update={"latency": timing})
+    return measure_latency(
+        pipeline, configuration, pipeline.accelerate, clock=pipeline.clock, **options
+    )
+
+
+def test_each_pair_makes_the_same_images_and_the_next_pair_the_next_ones(
+    make_configuration: MakeConfiguration,
+) -> None:
+    pipeline, calls = FakePipeline(), Numbered()
+    shared(pipeline, make_configuration(), {"warmup": 1}, calls=calls)
+    made = [(call["prompt"][0], call["accelerated"]) for call in pipeline.calls]
+    assert made[:2] == [("prompt 0", False), ("prompt 0", True)]  # the warm-up
+    assert sorted(made[2:]) == sorted(
+        (f"prompt {index}", kind) for index in range(1, 7) for kind in (False, True)
+    )
+    assert [f"prompt {index}" for index, _ in calls.taken] == sorted(prompt for prompt, _ in made)
+
+
+def test_images_that_rule_a_setting_out_end_its_timing(
+    make_configuration: MakeConfiguration,
+) -> None:
+    timing = shared(
+        FakePipeline(),
+        make_configuration(),
+        {"min_pairs": 20, "max_pairs": 40},
+        calls=Numbered(over_after=3),
+    )
+    assert len(timing.latency.baseline_s) == 3
+
+
+@pytest.mark.parametrize(("noise", "first"), [(None, 6), (0.01, 2)])
+def test_images_are_not_looked_at_before_it_can_be_told_who_is_slow(
+    make_configuration: MakeConfiguration, noise: float | None, first: int
+) -> None:
+    calls = Numbered(over_after=1)
+    timing = shared(
+        FakePipeline(),
+        make_configuration(),
+        {"min_pairs": 20, "max_pairs": 40},
+        calls=calls,
+        incumbent=1.9,
+        noise=noise,
+    )
+    assert len(timing.latency.baseline_s) == first
+
+
+def test_earlier_pairs_count_and_are_not_timed_again(
+    make_configuration: MakeConfiguration,
+) -> None:
+    pipeline, known = FakePipeline(), Latency((4.0, 4.4), (2.0, 2.0))
+    timing = shared(pipeline, make_configuration(), known=known)
+    assert len(pipeline.calls) == 2 * 4
+    assert timing.latency.baseline_s == (4.0, 4.4, 4.0, 4.0, 4.0, 4.0)
+    assert timing.latency.accelerated_s == (2.0,) * 6
+
+
+@pytest.mark.parametrize(
+    ("noise", "incumbent", "pairs"),
+    [(0.01, 2.2, 2), (0.05, 2.2, 6), (None, 2.2, 6), (0.01, 2.0, 6), (0.01, 1.0, 6)],
+)
+def test_a_slow_setting_is_given_up_as_soon_as_the_noise_allows(
+    make_configuration: MakeConfiguration,
+    noise: float | None,
+    incumbent: float,
+    pairs: int,
+) -> None:
+    # Twice as fast: three times the noise below 2.2x is 2.13x, and 1.89x.
+    timing = shared(FakePipeline(), make_configuration(), incumbent=incumbent, noise=noise)
+    assert len(timing.latency.baseline_s) == pairs
+    assert dominated(timing.latency, incumbent, noise) is (incumbent == 2.2)
+
+
+def test_one_pair_alone_gives_nothing_up() -> None:
+    one, two = Latency((1.0,), (1.0,)), Latency((1.0,) * 2, (1.0,) * 2)
+    assert not dominated(one, 100.0, 0.01)
+    assert dominated(two, 100.0, 0.01)
+    assert not dominated(two, None, 0.01)

@@ -10,17 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stored import ENVIRONMENT, configured, measured
 
+from accelsearch.budget import Judgement, Verdict
 from accelsearch.configuration import Budget
-from accelsearch.measurement import Scores
+from accelsearch.measurement import Latency, Scores
 from accelsearch.queries import (
     exhausted,
     fastest_feasible,
     feasible_trials,
+    is_refuted,
     outcomes,
     pareto_front,
     targeted,
 )
-from accelsearch.storage import Outcome, StoredStudy, StoredTrial
+from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 
 CLIP = Budget(metric="clip_score", max_loss=0.02)
 # Few values, so that ties are common; 0.02 is the budget itself.
@@ -211,3 +213,99 @@ def test_a_study_without_trials_answers_nothing() -> None:
     assert targeted(study, 1.0) is None
     assert pareto_front(study) == feasible_trials(study) == []
     assert outcomes(study) == {}
+
+
+# Trials that were decided by a part of the images
+
+
+MANY = tuple(f"prompt {number}" for number in range(200))
+
+
+def partly(number: int, speedup: float, loss: float, images: int) -> StoredTrial:
+    """A trial that was accepted after this many images."""
+    measurement = measured(speedup, loss, {"cache_interval": number}, images=images)
+    return StoredTrial(number, Outcome.FEASIBLE, "told", measurement.params, measurement)
+
+
+def test_the_safest_answer_is_not_the_one_that_was_measured_least() -> None:
+    loose = (Budget(metric="clip_score", max_loss=0.3),)
+    early, whole = partly(0, 2.0, 0.0, 20), partly(1, 2.0, 0.01, 200)
+    study = replace(study_of([early, whole]), configuration=configured(budgets=loose, prompts=MANY))
+    assert feasible_trials(study) == [early, whole]
+    most = early.most_loss(study.configuration)
+    assert most is not None
+    assert most > 0.05 > (whole.most_loss(study.configuration) or 1.0)
+    assert targeted(study, 1.5) == whole
+    assert fastest_feasible(study) == early
+
+
+def test_a_trial_that_another_budget_leaves_undecided_answers_nothing() -> None:
+    early = partly(0, 2.0, 0.0, 10)
+    loose = (Budget(metric="clip_score", max_loss=0.4),)
+    accepted = replace(study_of([early]), configuration=configured(budgets=loose, prompts=MANY))
+    assert targeted(accepted, 1.5) == early
+    strict = replace(accepted, configuration=configured(prompts=MANY))
+    assert targeted(strict, 1.5) is None
+
+
+def test_a_resumed_trial_is_counted_once_and_by_its_last_state() -> None:
+    given_up = trial(0, 2.0, None, Outcome.DOMINATED)
+    resumed = replace(trial(1, 2.0, 0.01), resumes=0)
+    study = study_of([given_up, resumed])
+    assert study.current == (resumed,)
+    assert outcomes(study) == {Outcome.FEASIBLE: 1}
+    for unfinished in (Outcome.RUNNING, Outcome.INTERRUPTED):
+        study = study_of([given_up, replace(resumed, outcome=unfinished)])
+        assert given_up in study.current
+
+
+def noisy(number: int, low: float, high: float, loss: float) -> StoredTrial:
+    """A trial whose interval reaches from the one speedup to the other."""
+    pairs = (low, high, (low * high) ** 0.5) * 2
+    measurement = replace(
+        measured(2.0, loss, {"cache_interval": number}), latency=Latency(pairs, (1.0,) * 6)
+    )
+    return StoredTrial(number, Outcome.FEASIBLE, "told", measurement.params, measurement)
+
+
+def test_an_exact_answer_is_one_whose_interval_holds_the_request() -> None:
+    near, far = noisy(0, 1.9, 2.2, 0.015), noisy(1, 3.0, 3.1, 0.001)
+    study = study_of([near, far])
+    assert targeted(study, 2.0, "exact") == near
+    assert targeted(study, 2.0, "closest") == near
+    assert targeted(study, 2.0) == far
+    assert targeted(study, 2.5, "exact") is None  # none is so close
+    assert targeted(study, 2.5, "closest") == far
+    assert near.speedup is not None
+    assert targeted(study, near.speedup + 0.01, "exact") is None  # it is too slow for that
+
+
+def refuted_or_not(study: StoredStudy, **verdicts: Verdict) -> StoredStudy:
+    return replace(
+        study,
+        verifications={
+            int(name[1:]): Verification(int(name[1:]), place, Judgement(verdict, True, {}), ())
+            for place, (name, verdict) in enumerate(verdicts.items())
+        },
+    )
+
+
+@pytest.mark.parametrize("verdict", [Verdict.OVER, Verdict.UNDECIDED])
+def test_a_trial_that_held_out_prompts_did_not_confirm_is_no_answer(verdict: Verdict) -> None:
+    study = study_of([trial(0, 3.0, 0.01), trial(1, 2.0, 0.01)])
+    refuted = refuted_or_not(study, t0=verdict)
+    assert is_refuted(refuted, refuted.trials[0])
+    assert not is_refuted(refuted, refuted.trials[1])
+    assert feasible_trials(refuted) == [refuted.trials[1]]
+    assert fastest_feasible(refuted) == refuted.trials[1]
+    assert targeted(refuted, 2.5) is None
+    kept = refuted_or_not(study, t0=Verdict.WITHIN)
+    assert fastest_feasible(kept) == kept.trials[0]
+
+
+def test_where_nothing_is_confirmed_the_fastest_is_the_bound_all_the_same() -> None:
+    study = study_of([trial(0, 3.0, 0.01), trial(1, 2.0, 0.01), trial(2, 9.0, 0.5)])
+    study = refuted_or_not(study, t0=Verdict.OVER, t1=Verdict.OVER)
+    assert feasible_trials(study) == []
+    assert fastest_feasible(study) == study.trials[0]
+    assert targeted(study, 1.0) is None

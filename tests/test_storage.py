@@ -35,9 +35,13 @@ from accelsearch.storage import (
     create_study,
     exists,
     open_storage,
+    read_neighbours,
+    read_siblings,
     read_studies,
     read_study,
     record,
+    record_request,
+    record_verification,
     redacted,
     study_name,
 )
@@ -693,3 +697,94 @@ def test_a_continued_study_takes_over_the_new_limits(database: BaseStorage) -> N
         study = started(database, search=SearchSettings(trials=trials))
         assert read_study(study).configuration.search.trials == trials
     assert len(read_studies(database)) == 1
+
+
+# What another question goes on with
+
+
+@pytest.mark.parametrize(
+    ("outcome", "violations", "expected"),
+    [
+        (Outcome.OVER_BUDGET, {"clip_score": -0.1, "ssim": -0.01}, {"clip_score": -0.1}),
+        (Outcome.OVER_BUDGET, {"clip_score": -0.1, "ssim": 0.3}, {"ssim": 0.3}),
+        (Outcome.FEASIBLE, {"clip_score": 0.001, "ssim": -0.3}, {"clip_score": 0, "ssim": -0.3}),
+        (Outcome.DOMINATED, {}, {}),
+    ],
+)
+def test_the_constraints_say_to_optuna_what_the_outcome_says(
+    database: BaseStorage,
+    outcome: Outcome,
+    violations: dict[str, float],
+    expected: dict[str, float],
+) -> None:
+    # An early verdict may be of another sign than the mean of the few losses that it was seen by.
+    study = started(database)
+    trial = study.ask()
+    record(trial, outcome, "told", measurement=measured(), violations=violations)
+    state = TrialState.COMPLETE if outcome is Outcome.FEASIBLE else TrialState.PRUNED
+    study.tell(trial, 2.0 if outcome is Outcome.FEASIBLE else None, state=state)
+    constraints = study.trials[0].constraints
+    assert constraints.keys() == violations.keys()
+    assert constraints.items() >= expected.items()
+    if violations:
+        assert (max(constraints.values()) > 0) is (outcome is Outcome.OVER_BUDGET)
+
+
+def test_what_held_out_prompts_scored_comes_back_with_its_verdict(
+    database: BaseStorage, url: str
+) -> None:
+    study = started(database)
+    add_trial(study, 2.0, 0.01)
+    add_trial(study, 1.5, 0.01)
+    good = (Scores("clip_score", (50.0,) * 300, (50.0,) * 300),)
+    bad = (Scores("clip_score", (50.0,) * 300, (40.0,) * 300),)
+    record_verification(study, 0, 0, bad)
+    record_verification(study, 1, 1, good)
+    (stored,) = read_studies(open_storage(url))
+    assert stored.verifications.keys() == {0, 1}
+    assert [one.scores for one in stored.verifications.values()] == [bad, good]
+    assert [one.candidate for one in stored.verifications.values()] == [0, 1]
+    assert not stored.verifications[0].verified
+    assert stored.verifications[1].verified
+
+
+def test_requests_and_what_was_resumed_come_back(database: BaseStorage, url: str) -> None:
+    study = started(database)
+    record_request(study, 2.0, "safest")
+    record_request(study, 1.0 / 3, "exact")
+    record_request(study, 2.0, "closest")
+    trial = study.ask()
+    record(trial, Outcome.FEASIBLE, "told", measurement=measured(), resumes=3)
+    study.tell(trial, 2.0)
+    (stored,) = read_studies(open_storage(url))
+    assert stored.requests == {2.0: "closest", 1.0 / 3: "exact"}
+    assert stored.trials[0].resumes == 3
+
+
+def test_siblings_measure_the_very_same_for_other_budgets(database: BaseStorage) -> None:
+    mine = configured()
+    started(database)
+    loose = started(database, budgets=(Budget(metric="clip_score", max_loss=0.3),))
+    narrow = started(database, space={"cache_interval": (2, 3)})
+    started(database, seed=3)
+    started(database, methods=("deepcache", "tome"))
+    create_study(
+        database,
+        configured(budgets=(Budget(metric="ssim", max_loss=0.3),)),
+        replace(ENVIRONMENT, device="another"),
+        RandomSampler(seed=0),
+    )
+    found = {one.name for one in read_siblings(database, mine, ENVIRONMENT)}
+    assert found == {loose.study_name, narrow.study_name}
+
+
+def test_neighbours_differ_in_steps_or_scheduler(database: BaseStorage) -> None:
+    started(database)
+    steps, scheduler = (
+        started(database, steps=20),
+        started(database, scheduler="EulerDiscreteScheduler"),
+    )
+    started(database, model="hub/other", steps=20)
+    started(database, methods=("tome",), steps=20)
+    found = {one.name for one in read_neighbours(database, configured())}
+    assert found == {steps.study_name, scheduler.study_name}
