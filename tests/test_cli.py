@@ -541,7 +541,7 @@ def test_bounds_exits_with_1_when_nothing_is_feasible(run: Run, write_plan: Writ
     assert "no entry: nothing feasible in " in exported.err
     (status,) = json.loads(run("status", "--json").out)["studies"]
     assert status["best"] is None
-    assert status["outcomes"] == {"over budget": 2}
+    assert status["outcomes"] == {"over budget": 1}
     assert "none" in run("status").out
 
 
