@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,9 +210,14 @@ def launch(
     crew = Crew(uuid.uuid4().hex[:4], seats)
     start = _on_slurm(slurm, logs) if slurm is not None else _here(logs)
     interrupted = False
-    with Worker(engine(storage), device="launcher", name=f"{crew.name}/launcher") as launcher:
+    with (
+        Worker(engine(storage), device="launcher", name=f"{crew.name}/launcher") as launcher,
+        _noted_interrupts() as interrupts,
+    ):
         try:
             while not all(place.finished for place in crew.places):
+                if interrupts:
+                    raise KeyboardInterrupt
                 _look(crew, storage, launcher)
                 for place in crew.places:
                     _tend(place, crew, start, arguments, watcher)
@@ -458,6 +464,25 @@ def _ignoring_interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C as ever, and noted as well: Python loses one that arrives in a destructor."""
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which has no say in signals
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield noted
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -22,6 +22,7 @@ from accelsearch.launch import (
     Crew,
     Ended,
     Seat,
+    _noted_interrupts,
     sbatch_options,
     seats_of,
     slurm_seats,
@@ -304,3 +305,17 @@ def test_a_worker_that_ends_early_is_replaced_until_it_is_futile(code: int | Non
 def test_a_worker_that_measures_is_always_replaced() -> None:
     endings = ends(None, None, None, None, None, trials={2: 1})
     assert [ended.replaced for ended in endings] == [True, True, True, True, True]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_is_lost_in_a_destructor_is_noted() -> None:
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # for it to arrive in here
+
+    before = signal.getsignal(signal.SIGINT)
+    with _noted_interrupts() as interrupts:
+        Dying()
+        assert interrupts == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is before
