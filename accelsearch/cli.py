@@ -49,6 +49,8 @@ Artifacts = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda or cuda:N, instead of the plan's.")
 ]
+Trials = Annotated[int | None, typer.Option(help="Trials a study, instead of the plan's.")]
+TimeoutS = Annotated[float | None, typer.Option(help="Seconds a study may take.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -73,10 +75,8 @@ def bounds(
     plan: PlanFile,
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
-    trials: Annotated[
-        int | None, typer.Option(help="Trials a study, instead of the plan's.")
-    ] = None,
-    timeout_s: Annotated[float | None, typer.Option(help="Seconds a study may take.")] = None,
+    trials: Trials = None,
+    timeout_s: TimeoutS = None,
     device: Device = None,
 ) -> int:
     """Search every configuration of a plan for its largest speedup within the budget.
@@ -121,10 +121,8 @@ def target(
     ] = None,
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
-    trials: Annotated[
-        int | None, typer.Option(help="Trials a study, instead of the plan's.")
-    ] = None,
-    timeout_s: Annotated[float | None, typer.Option(help="Seconds a study may take.")] = None,
+    trials: Trials = None,
+    timeout_s: TimeoutS = None,
     device: Device = None,
 ) -> int:
     """Find parameters that reach a speedup within the budget, the safest of them.
@@ -175,9 +173,7 @@ def worker(
     plan: PlanFile,
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
-    trials: Annotated[
-        int | None, typer.Option(help="Trials a study, instead of the plan's.")
-    ] = None,
+    trials: Trials = None,
     trial_timeout_s: Annotated[
         float | None, typer.Option(help="Seconds a trial may take; then this process is ended.")
     ] = None,
@@ -244,9 +240,7 @@ def launch(
     cluster: Annotated[str, typer.Option(help="local or slurm.")] = "local",
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
-    trials: Annotated[
-        int | None, typer.Option(help="Trials a study, instead of the plan's.")
-    ] = None,
+    trials: Trials = None,
     trial_timeout_s: Annotated[
         float | None,
         typer.Option(help="Seconds a trial may take; then its worker is replaced."),
@@ -557,10 +551,8 @@ def run(
     ] = None,
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
-    trials: Annotated[
-        int | None, typer.Option(help="Trials a study, instead of the plan's.")
-    ] = None,
-    timeout_s: Annotated[float | None, typer.Option(help="Seconds a study may take.")] = None,
+    trials: Trials = None,
+    timeout_s: TimeoutS = None,
     search_timeout_s: Annotated[
         float, typer.Option(min=0.001, help="Seconds that one task's search may take.")
     ] = 3600.0,

@@ -168,7 +168,9 @@ class _Context(TypedDict, total=False):
     proven: Annotated[bool, "the losses keep the budgets beyond chance, not by their mean alone"]
     verified: Annotated[bool, "measured again on prompts and seeds that the search never saw"]
     verification: Annotated[
-        dict[str, Any] | None, "images, losses, loss_intervals and confidence on those prompts"
+        dict[str, Any] | None,
+        "images, losses, loss_intervals and confidence on those prompts; a clip_score's interval "
+        "is relative to the mean baseline of the search, its loss to that of these prompts",
     ]
     unverified_because: Annotated[str | None, "null of a verified one"]
 
