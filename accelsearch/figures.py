@@ -464,7 +464,7 @@ def _shares(
     with warnings.catch_warnings():
         # That all values are alike is told by the importances: they are zero.
         warnings.filterwarnings("ignore", message="Target and region quantiles")
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
+        found = evaluator.evaluate(study)
     total = sum(found.values())
     if total <= 0:
         return None
