@@ -214,7 +214,7 @@ def test_prompts_are_told_worst_first_by_their_place_in_the_list(database: BaseS
     stored = read_study(study)
     first, second, *rest = prompt_losses(stored, stored.trials[number])
     assert (first.place, first.prompt) == (7, "prompt 7")
-    assert first.losses == ("clip_score -8.0 %", "SSIM 0.920")
+    assert first.losses == ("clip_score loss 8.0 %", "SSIM 0.920")
     assert second.place == 2
     assert len(rest) == 8
 

@@ -44,8 +44,8 @@ def html_page(
 
     `pairs_of` gives the images that a trial has kept.
     """
-    drawn = {
-        f"s{index}-{name}": _plain(make(study))
+    made = {
+        f"s{index}-{name}": make(study)
         for index, study in enumerate(studies)
         for name, make in (
             ("speedup", figures.speedup_against_loss),
@@ -53,6 +53,12 @@ def html_page(
             ("importances", figures.parameter_importances),
             ("time", figures.search_time),
         )
+    }
+    drawn = {name: _plain(figure) for name, figure in made.items() if figure.data}
+    notes = {
+        name: Markup(figure.layout.annotations[0].text)  # noqa: S704  escaped for plotly
+        for name, figure in made.items()
+        if not figure.data
     }
     charts = {
         "figures": drawn,
@@ -74,6 +80,7 @@ def html_page(
         .render(
             **told,
             figures=charts,
+            notes=notes,
             css=Markup(_resource("report.css")),  # noqa: S704  ours
             plotly=Markup(plotly_js),  # noqa: S704  plotly's own
             js=Markup(js),  # noqa: S704  ours
