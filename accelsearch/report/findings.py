@@ -319,8 +319,8 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 "Budget",
                 f"kept, at {1 - ALPHA:.0%} confidence for prompts of this kind"
                 if judgement.proven
-                else "kept in the mean over these prompts, which are too few, or it is too close, to "
-                "promise it for others of their kind",
+                else "kept in the mean over these prompts, which are too few, or it is too close, "
+                "to promise it for others of their kind",
             )
         )
     verification = study.verifications.get(trial.number)
