@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import random
+import sys
 import tomllib
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from optuna.trial import TrialState
 from PIL import Image
 from stored import ENVIRONMENT, add_trial, configured, measured, new_database
 
+from accelsearch.cli import main
 from accelsearch.configuration import Budget, Plan, SearchSettings, load_plan
 from accelsearch.errors import ExportError, StorageError
 from accelsearch.measurement import Latency, Measurement, ParamValue, Scores
@@ -332,6 +335,16 @@ def test_markdown_shows_text_from_outside_as_text(database: BaseStorage) -> None
     assert "\n# no heading" not in text
 
 
+def test_markdown_ends_lists_and_tables_before_what_follows(database: BaseStorage) -> None:
+    study = opened(database)
+    add_trial(study, 2.5, 0.01)
+    stored = read_study(study)
+    lines = markdown([stored, stored], [stored]).splitlines()
+    for before, line in pairwise(lines):
+        if before.startswith(("- ", "|")) and not line.startswith(("- ", "|")):
+            assert line == ""
+
+
 # Size
 
 
@@ -377,3 +390,55 @@ def test_the_plan_in_the_page_is_valid_toml(database: BaseStorage) -> None:
     study = opened(database, model='quote " and \\ backslash')
     add_trial(study)
     assert tomllib.loads(plan_of(read_study(study)))["model"] == 'quote " and \\ backslash'
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--out", "r.pdf"], "a report must end in .html, .md, .png or .csv"),
+        (["--format", "doc"], "--format must be html, md, png or csv, got 'doc'"),
+        (["no-such-study"], "no study is named 'no-such-study'"),
+    ],
+)
+def test_the_command_refuses_bad_input_in_one_line(
+    database: BaseStorage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    add_trial(opened(database))
+    monkeypatch.chdir(tmp_path)
+    url = f"sqlite:///{tmp_path}/trials.db"
+    monkeypatch.setattr(sys, "argv", ["accelsearch", "report", "--storage", url, *arguments])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_the_command_writes_the_studies_that_are_named(
+    database: BaseStorage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second = opened(database), opened(database, steps=25)
+    for study in (first, second):
+        add_trial(study)
+    monkeypatch.chdir(tmp_path)
+    url = f"sqlite:///{tmp_path}/trials.db"
+    arguments = ["report", first.study_name, "--storage", url, "--out", "r.csv"]
+    monkeypatch.setattr(sys, "argv", ["accelsearch", *arguments])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 0
+    assert capsys.readouterr().out.split() == ["r.csv"]
+    text = (tmp_path / "r.csv").read_text()
+    assert first.study_name in text
+    assert second.study_name not in text
