@@ -25,7 +25,7 @@ from accelsearch.errors import BaselineError, StorageError, TrialError
 from accelsearch.guide import GAIN, Guide, Observation
 from accelsearch.heartbeat import Worker
 from accelsearch.judging import check_held_out
-from accelsearch.latency import dominated
+from accelsearch.latency import contender, dominated
 from accelsearch.measurement import (
     Environment,
     Measurement,
@@ -241,6 +241,7 @@ class _Search:
         study.sampler = _sampler(self._settings, len(self._stored.trials) + self._lane)
         self._deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
         self._repeated = False
+        self._chosen: dict[str, ParamValue] | None = None
         self._keys: dict[int, Setting] = {}
         self._noise_of: tuple[int, float | None] | None = None
         progress.study_started(self._stored, environment)
@@ -321,6 +322,18 @@ class _Search:
 
     def _why_stop(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
         """Why the search is over, and what others still measure; None where it is not."""
+        stopped, claimed = self._why_no_other()
+        best = None if stopped in (None, OTHERS) else self._contender()
+        if best is None or time.monotonic() > self._deadline:
+            return stopped, claimed
+        claimed = tuple(self._worker.others(self._study._study_id))
+        if _setting(self._space, best.params) in {_setting(self._space, one) for one in claimed}:
+            return OTHERS, claimed
+        self._chosen = best.params
+        return None, ()
+
+    def _why_no_other(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
+        """Why no other setting is to be measured, and what others measure; None: one is chosen."""
         stored, settings = self._stored, self._settings
         if self._goal is not None:
             answer = targeted(stored, self._goal, self._choice)
@@ -439,6 +452,29 @@ class _Search:
         # The faster of those that are fast enough lose more.
         return sorted(found, key=lambda one: abs((one.speedup or 0.0) - goal))
 
+    def _contender(self) -> StoredTrial | None:
+        """A trial to be timed on: settings are timed coarsely until one of them is the answer.
+
+        For the upper bound it is chosen among those that may be the fastest, by `contender`. The
+        answer to a goal is timed on where its interval leaves open whether it reaches it.
+        """
+        timing = self._configuration.latency
+        if self._goal is None:
+            kept = feasible_trials(self._stored)
+        else:
+            answer = targeted(self._stored, self._goal, self._choice)
+            unsure = answer is not None and least_speedup(answer) < self._goal
+            kept = [answer] if answer is not None and unsure else []
+        latencies = [one.measurement.latency for one in kept if one.measurement is not None]
+        found = contender(latencies, timing.precision, timing.max_pairs)
+        return None if found is None else kept[found]
+
+    def _pairs(self, known: Measurement | None, *, timed_on: bool) -> int:
+        """How many pairs a setting has at most: few at first, and twice as many when timed on."""
+        timing = self._configuration.latency
+        count = len(known.latency.baseline_s) if known else 0
+        return min(2 * count, timing.max_pairs) if timed_on else max(count, timing.min_pairs)
+
     def _incumbent(self) -> float | None:
         """What the best feasible trial reaches beyond the noise: the lower end of its interval.
 
@@ -547,8 +583,10 @@ class _Trial:
         self._progress.trial_started(params)
         setting = _setting(space, params)
         stored = search._known().get(setting)
+        best = search._contender()
+        timed_on = stored is not None and best is not None and stored.number == best.number
         reopened = {one.number for one in search._reopened()}
-        if stored is not None and stored.number not in reopened:
+        if stored is not None and stored.number not in reopened and not timed_on:
             self.repeated = True
             return self._repeat(trial, stored)
         known = search._pool.get(setting) if stored is None else stored.measurement
@@ -556,10 +594,12 @@ class _Trial:
         try:
             result = self._bench.measure(
                 params,
-                incumbent=search._incumbent(),
-                goal=search._goal,
+                # What has kept its budgets is worth keeping, though another may be faster.
+                incumbent=None if timed_on else search._incumbent(),
+                goal=None if timed_on else search._goal,
                 noise=search._noise(),
                 known=known,
+                pairs=search._pairs(known, timed_on=timed_on),
             )
         except BaselineError as error:
             # Not the fault of this setting, which is to be tried again.
