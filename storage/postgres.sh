@@ -27,7 +27,7 @@ fi
 # PostgreSQL refuses to run as root.
 if [ "$(id -u)" = 0 ]; then
   user=$(id -u postgres >/dev/null 2>&1 && echo postgres || echo nobody)
-  if command -v runuser >/dev/null; then
+  if runuser -u "$user" -- true 2>/dev/null; then
     as() { (cd / && runuser -u "$user" -- "$@"); }
   else
     as() { (cd / && setpriv --reuid "$user" --regid "$(id -g "$user")" --clear-groups "$@"); }
