@@ -5,7 +5,8 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import optuna
@@ -13,10 +14,9 @@ import psycopg
 import pytest
 import sqlalchemy
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from accelsearch import reconnect
+from accelsearch import reconnect, rows
 from accelsearch.reconnect import PatientStorage, patiently, transient
 from accelsearch.storage import engine, open_storage
 
@@ -96,19 +96,27 @@ def test_what_is_no_matter_of_time_is_raised_at_once() -> None:
     assert len(tries) == 1
 
 
-def lost_answers(monkeypatch: pytest.MonkeyPatch, method: str) -> list[str]:
-    """Let every first call of a method do its work, and fail as if the answer were lost."""
-    real: Callable[..., Any] = getattr(RDBStorage, method)
+def lost_answers(monkeypatch: pytest.MonkeyPatch, what: str) -> list[str]:
+    """Let the first transaction in which `what` of `rows` is done be committed, and fail then."""
+    real: Callable[..., Any] = getattr(rows, what)
+    session = reconnect._create_scoped_session
+    done: list[str] = []
     lost: list[str] = []
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = real(self, *args, **kwargs)
-        if not lost:
-            lost.append(method)
-            raise wrapped(gone())
-        return result
+    def noted(*args: Any) -> Any:
+        done.append(what)
+        return real(*args)
 
-    monkeypatch.setattr(RDBStorage, method, call)
+    @contextmanager
+    def cut(scoped: Any) -> Iterator[Any]:
+        with session(scoped) as opened:
+            yield opened
+        if done and not lost:
+            lost.append(what)
+            raise wrapped(gone())
+
+    monkeypatch.setattr(rows, what, noted)
+    monkeypatch.setattr(reconnect, "_create_scoped_session", cut)
     return lost
 
 
@@ -118,7 +126,7 @@ def test_a_trial_that_was_ended_by_a_call_whose_answer_was_lost_is_ended_once(
     storage = PatientStorage("sqlite://")
     study = optuna.create_study(storage=storage)
     trial = study.ask()
-    lost = lost_answers(monkeypatch, "set_trial_state_values")
+    lost = lost_answers(monkeypatch, "end")
     study.tell(trial, 1.5)
     assert lost
     assert [(one.state, one.value) for one in study.trials] == [(TrialState.COMPLETE, 1.5)]
