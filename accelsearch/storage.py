@@ -82,7 +82,9 @@ __all__ = [
 
 _HEARTBEAT_S, _GRACE_S = 30, 120
 _BUSY_S = 60  # that a writer waits for another one's lock on a SQLite file
-_PSYCOPG = "postgresql+psycopg"
+# The drivers that are tested, instead of SQLAlchemy's own choice, and what installs them.
+_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+_EXTRAS = {"postgresql+psycopg": "postgres", "mysql+pymysql": "mysql"}
 # A server that is cut off is noticed within a minute, not when TCP gives up after a quarter hour.
 _POSTGRES = {
     "connect_timeout": 10,
@@ -92,6 +94,7 @@ _POSTGRES = {
     "tcp_user_timeout": 60_000,  # ms
 }
 _RESTED_S = 1.0  # without use, after which a connection is looked at before it is used
+_MYSQL = {"connect_timeout": 10, "read_timeout": 60, "write_timeout": 60}
 _STARTING_S = 60  # that a server may take to start
 _RACES = 10  # attempts to make the tables beside others who do
 _KINDS = ("sqlite", "postgresql", "mysql")
@@ -260,8 +263,9 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
     shown = redacted(url)
     # One connection for the trials; the heartbeat has another only while it beats.
     options: dict[str, Any] = {"pool_size": 1, "max_overflow": 4}
-    if parsed.get_backend_name() == "postgresql":
-        unsaid = {key: value for key, value in _POSTGRES.items() if key not in parsed.query}
+    if parsed.get_backend_name() in ("postgresql", "mysql"):
+        limits = _POSTGRES if parsed.get_backend_name() == "postgresql" else _MYSQL
+        unsaid = {key: value for key, value in limits.items() if key not in parsed.query}
         options["connect_args"] = unsaid
     elif parsed.get_backend_name() == "sqlite":
         file = _sqlite_file(parsed)
@@ -293,7 +297,8 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
             _use_write_ahead_log(storage)
     except ImportError as error:
         driver = parsed.drivername
-        remedy = "; run: pip install 'accelsearch[postgres]'" if driver == _PSYCOPG else ""
+        extra = _EXTRAS.get(driver)
+        remedy = f"; run: pip install 'accelsearch[{extra}]'" if extra else ""
         raise StorageError(
             f"storage {shown} needs the driver of {driver}, which is not installed: "
             f"{error.__cause__ or error}{remedy}"
@@ -378,8 +383,7 @@ def create_study(
     )
     study.set_metric_names(["speedup"])
     # pydantic warns of the ranges in `space`, which it writes as it reads them. The prompts that
-    # the search never sees stay with the plan: they may be more than an attribute holds (64 KB on
-    # MySQL).
+    # the search never sees stay with the plan.
     stored = configuration.model_dump(mode="json", warnings=False, exclude={"held_out_prompts"})
     attributes = {_ENVIRONMENT: environment.to_dict(), _CONFIGURATION: stored}
     for name, value in attributes.items():
@@ -743,8 +747,7 @@ def _parsed(url: str) -> URL:
         raise StorageError(
             f"storage must name an installed driver, got {parsed.drivername!r}"
         ) from None
-    # The one driver that is tested. SQLAlchemy's own choice is its predecessor.
-    return parsed.set(drivername=_PSYCOPG) if parsed.drivername == "postgresql" else parsed
+    return parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
 
 
 def _well_formed(url: str) -> URL | None:
@@ -791,6 +794,7 @@ def _opened(
             )
             if create:
                 create_tables(storage.engine)
+                _widen(storage.engine)
             return storage
         except (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
             said = _cause(error)
@@ -802,6 +806,17 @@ def _opened(
             if not (raced and races < _RACES) and not (transient(error) and left_s > 0):
                 raise
         time.sleep(random.uniform(0.1, 0.5))  # noqa: S311
+
+
+def _widen(engine: Engine) -> None:
+    """Give attributes on MySQL more than its 64 KB: the scores of 1,000 prompts need more."""
+    if engine.dialect.name != "mysql":
+        return
+    for table in ("study_user_attributes", "trial_user_attributes"):
+        columns = {one["name"]: one for one in sqlalchemy.inspect(engine).get_columns(table)}
+        if type(columns["value_json"]["type"]).__name__ == "TEXT":
+            with engine.begin() as connection:
+                connection.exec_driver_sql(f"ALTER TABLE {table} MODIFY value_json MEDIUMTEXT")
 
 
 def _ping_what_rested(engine: Engine) -> None:
