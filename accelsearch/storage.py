@@ -323,9 +323,11 @@ def database_errors() -> Iterator[None]:
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        said = _cause(error)
+        remedy = "make room on its disk, and " if _is_full(said) else ""
         raise StorageError(
-            f"storage must stay reachable and writable: {_cause(error)}; finished trials are kept, "
-            "run the same command again to continue"
+            f"storage must stay reachable and writable: {said}; finished trials are kept, "
+            f"{remedy}run the same command again to continue"
         ) from error
 
 
@@ -853,6 +855,12 @@ def _cause(error: BaseException) -> str:
     """The database's own words, without SQLAlchemy's statement and parameters."""
     error = _database_error(error)
     return str(getattr(error, "orig", None) or error).partition("\n")[0]
+
+
+def _is_full(said: str) -> bool:
+    """Whether these are a database's words for a full disk: SQLite's, PostgreSQL's, MySQL's."""
+    words = ("disk is full", "No space left", "Disk full", "is full")
+    return any(one in said for one in words)
 
 
 def _database_error(error: BaseException) -> BaseException:
