@@ -37,13 +37,15 @@ from typing import Any
 import optuna
 import psutil
 import sqlalchemy
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
+from sqlalchemy.orm import Session
 
+from accelsearch import rows
 from accelsearch.configuration import load_plan
 from accelsearch.measurement import Environment, Latency, Measurement, ParamValue, Scores
 from accelsearch.methods import Parameter, starts
 from accelsearch.objective import Result
-from accelsearch.storage import Outcome, create_study, open_storage
+from accelsearch.storage import Outcome, create_study, engine, open_storage, running_trial
 from accelsearch.turns import _distribution
 
 ROOT = Path(__file__).parent.parent
@@ -125,32 +127,30 @@ def fill(url: str, plan: Path, count: int) -> None:
         optuna.samplers.RandomSampler(),
     )
     chance = random.Random(0)
-    for _ in range(count):
-        params: dict[str, Any] = {
-            "cache_interval": chance.randint(2, 300),
-            "cache_branch_id": chance.randint(0, 11),
-            "gate": chance.random(),
-        }
-        result = result_of(params)
-        speedup = result.measurement.latency.speedup
-        feasible = result.outcome is Outcome.FEASIBLE
-        study.add_trial(
-            create_trial(
-                state=TrialState.COMPLETE if feasible else TrialState.PRUNED,
-                params=params,
-                distributions={one.name: _distribution(one) for one in Waiting.space},
-                value=speedup,
-                intermediate_values={0: speedup},
-                user_attrs={
-                    "worker": "filled",
-                    "reason": result.reason,
-                    "seconds": result.seconds,
-                    "measurement": result.measurement.to_dict(),
-                    "outcome": result.outcome.value,
-                },
-                system_attrs={"constraints:clip_score": result.violations["clip_score"]},
-            )
-        )
+    space = {one.name: _distribution(one) for one in Waiting.space}
+    with Session(engine(study._storage)) as session:
+        for _ in range(count):
+            params: dict[str, Any] = {
+                "cache_interval": chance.randint(2, 300),
+                "cache_branch_id": chance.randint(0, 11),
+                "gate": chance.random(),
+            }
+            result = result_of(params)
+            speedup = result.measurement.latency.speedup
+            feasible = result.outcome is Outcome.FEASIBLE
+            template = running_trial(params, space, "filled")
+            trial_id = rows.add_running(session, study._study_id, template)._trial_id
+            told = {
+                "reason": result.reason,
+                "seconds": result.seconds,
+                "measurement": result.measurement.to_dict(),
+                "outcome": result.outcome.value,
+            }
+            constraints = {"constraints:clip_score": result.violations["clip_score"]}
+            rows.write(session, trial_id, told, constraints, speedup)
+            state = TrialState.COMPLETE if feasible else TrialState.PRUNED
+            rows.end(session, trial_id, state, (speedup,))
+        session.commit()
 
 
 @dataclass(frozen=True)

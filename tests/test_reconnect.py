@@ -17,6 +17,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from accelsearch import reconnect, rows
+from accelsearch import storage as module
 from accelsearch.reconnect import PatientStorage, patiently, transient
 from accelsearch.storage import engine, open_storage
 
@@ -169,6 +170,26 @@ def test_every_operation_outlasts_a_restart_of_the_server(postgres: Any) -> None
     stored = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     assert [trial.value for trial in stored] == [float(one) for one in range(len(trials))]
     assert {trial.user_attrs["told"] for trial in stored} == set(range(len(trials)))
+
+
+@pytest.mark.postgres
+def test_a_connection_that_broke_while_it_rested_is_replaced(
+    postgres: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections = engine(open_storage(postgres.new_database()))
+    pids = []
+    monkeypatch.setattr(module, "_RESTED_S", 0.0)
+    for _ in range(3):
+        with connections.connect() as connection:
+            pids.append(connection.execute(sqlalchemy.text("SELECT pg_backend_pid()")).scalar())
+        end = sqlalchemy.create_engine(connections.url, poolclass=sqlalchemy.NullPool)
+        with end.connect() as other:
+            other.execute(sqlalchemy.text(f"SELECT pg_terminate_backend({pids[-1]}, 5000)"))
+    assert len(set(pids)) == 3
+    # What is used again at once is not looked at: that is for `patiently`.
+    monkeypatch.setattr(module, "_RESTED_S", 60.0)
+    with pytest.raises(sqlalchemy.exc.OperationalError), connections.connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT 1"))
 
 
 @pytest.mark.postgres
