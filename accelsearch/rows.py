@@ -76,9 +76,9 @@ def read_after(
     running = {one.trial_id for one in heads if one.state is TrialState.RUNNING}
     fresh = [one for one in heads if one.trial_id not in running or one.trial_id not in known]
     found = {one._trial_id: one for one in _trials(session, fresh)}
-    found.update((trial_id, known[trial_id]) for trial_id in running - found.keys())
-    for trial_id in [one for one in listed if one not in running]:
+    for trial_id in found:
         known.pop(trial_id, None)
+    found.update((trial_id, known[trial_id]) for trial_id in running - found.keys())
     known.update(
         (trial_id, found[trial_id]) for trial_id in running if WORKER in found[trial_id].user_attrs
     )
