@@ -314,7 +314,9 @@ class _Search:
 
     def _read(self) -> StoredStudy:
         """The study as stored, but with the limits of this search instead of the first one's."""
-        return replace(read_study(self._study), configuration=self._configuration)
+        self._trials = self._study.get_trials(deepcopy=False)
+        stored = read_study(self._study, self._trials)
+        return replace(stored, configuration=self._configuration)
 
     def _known(self) -> dict[Setting, StoredTrial]:
         """What is measured already, by setting."""
@@ -339,7 +341,7 @@ class _Search:
             answer = targeted(stored, self._goal, self._choice)
             if answer is not None:
                 return f"trial {answer.number} meets {self._goal:g}x", ()
-        measured = _measured(stored)
+        measured = stored.measured
         claimed = tuple(self._worker.others(self._study._study_id))
         limited = len(measured) >= settings.trials
         if limited and not self._reopened():
@@ -372,7 +374,9 @@ class _Search:
             if _setting(space, params) not in tried:
                 return params
         sampler = self._settings.sampler
-        if _waiting(self._study):  # imported ones, to be tried first
+        if any(
+            one.state is TrialState.WAITING for one in self._trials
+        ):  # imported ones, to be tried first
             return None
         chance = random.Random(self._settings.seed + len(stored.trials) + self._lane)  # noqa: S311
         if sampler == _GUIDED:
@@ -440,7 +444,7 @@ class _Search:
         given_up = (Outcome.DOMINATED, Outcome.TOO_SLOW, Outcome.UNSCORED)
         found = [
             one
-            for one in _measured(self._stored)
+            for one in self._stored.measured
             if one.outcome in given_up
             and one.measurement is not None
             and not dominated(one.measurement.latency, beat, noise)
@@ -492,7 +496,7 @@ class _Search:
         # Asked for several times a turn, and told by trials that have ended alone.
         ended = sum(one.outcome is not Outcome.RUNNING for one in self._stored.trials)
         if self._noise_of is None or self._noise_of[0] != ended:
-            measured = (one.measurement for one in _measured(self._stored))
+            measured = (one.measurement for one in self._stored.measured)
             noise = pair_noise(one.latency for one in measured if one is not None)
             self._noise_of = (ended, noise)
         return self._noise_of[1]
@@ -506,6 +510,7 @@ class _Search:
             self._space,
             self._worker,
             self._chosen,
+            trials=self._trials,
             limit_s=self._settings.trial_timeout_s,
         )
         self._stored = self._read()
@@ -524,7 +529,7 @@ class _Search:
         self._progress.trial_finished(self._stored)
         if isinstance(trial.error, BaselineError):
             raise trial.error
-        measured = _measured(self._stored)
+        measured = self._stored.measured
         failures = [one for one in measured if one.outcome is Outcome.FAILED]
         if trial.error and not trial.repeated and len(failures) == len(measured) >= _HOPELESS:
             raise TrialError(f"all {len(failures)} trials failed, the last with {trial.error}")
@@ -669,10 +674,6 @@ def _told_by(measurement: Measurement) -> tuple[int, int]:
     return scored, len(measurement.latency.baseline_s)
 
 
-def _waiting(study: optuna.Study) -> bool:
-    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-
-
 def _observed(
     space: Sequence[Parameter], trial: StoredTrial, configuration: Configuration, noise: float
 ) -> Observation:
@@ -780,21 +781,12 @@ def _setting(space: Sequence[Parameter], params: Mapping[str, ParamValue]) -> Se
     return tuple(sorted((effective(space, params) if names <= params.keys() else params).items()))
 
 
-def _measured(stored: StoredStudy) -> list[StoredTrial]:
-    """The trials that count: finished ones, each setting's last."""
-    unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
-    finished = (trial for trial in stored.current if trial.outcome not in unfinished)
-    # One that was given up while it resumed another does not say so, and both are here.
-    last = {tuple(sorted(trial.params.items())): trial for trial in finished}
-    return list(last.values())
-
-
 def _settings(
     space: Sequence[Parameter], stored: StoredStudy, keys: dict[int, Setting]
 ) -> dict[Setting, StoredTrial]:
     """What is measured already, by setting; `keys` keeps the settings of the study's trials."""
     found = {}
-    for trial in _measured(stored):
+    for trial in stored.measured:
         if trial.number not in keys:
             keys[trial.number] = _setting(space, trial.params)
         found[keys[trial.number]] = trial
