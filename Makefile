@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
-  bench-record bench-replay bench-report bench-scripts postgres postgres-stop clean
+  bench-record bench-replay bench-report bench-scripts bench-overhead postgres postgres-stop clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ bench: $(VENV)/installed ## Measure this project itself: the A/A control
 
 bench-scaling: $(VENV)/installed-dev ## Measure up to 64 workers on one PostgreSQL
 	$(BIN)/python benchmarks/scaling.py
+
+bench-overhead: $(VENV)/installed ## Measure what a search of the bundled model costs beside its measurements
+	$(BIN)/python benchmarks/overhead.py
 
 bench-sequential: $(VENV)/installed ## Simulate the test of the budgets: its error rates, and the prompts it takes
 	$(BIN)/python benchmarks/sequential.py

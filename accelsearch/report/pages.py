@@ -74,6 +74,10 @@ def html_page(
         kept = () if best is None else pairs_of(study, best)
         shown, left = _shown(kept, left, left // (len(studies) - index), section["prompts"])
         section["pairs"], section["dropped"] = shown, len(kept) - len(shown)
+        # A trial that was resumed has made a part of its images, the worst perhaps not among them.
+        ranked = [row.place for row in section["prompts"]]
+        first = min(len(shown), 8)
+        section["worst"] = first if [one["place"] for one in shown[:first]] == ranked[:first] else 0
     return (
         _templates(autoescape=True)
         .get_template("report.html.j2")
@@ -275,6 +279,7 @@ def _shown(
                 "width": width,
                 "height": height,
                 "small": " small" if max(width, height) <= _SMALL else "",
+                "place": row.place,
                 "prompt": row.prompt,
                 "losses": row.losses,
             }
