@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
-  bench-record bench-replay bench-scripts bench-overhead postgres postgres-stop clean
+  bench-record bench-replay bench-report bench-scripts bench-overhead postgres postgres-stop clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ bench-scripts: $(VENV)/installed ## Generate the demo's scripts, and run each be
 	$(BIN)/accelsearch run studies/shapes-demo.toml --out storage/demo
 	$(BIN)/python benchmarks/generated.py storage/demo
 
+bench-report: $(VENV)/installed ## Make the report of 500 trials: its seconds and its size
+	$(BIN)/python benchmarks/report.py
+
 bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: about 10 minutes on one core
 	$(BIN)/python benchmarks/replay.py --out docs/images/replay.svg
 
@@ -84,5 +87,5 @@ $(VENV)/installed-postgres: $(VENV)/installed
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,notebook]'
 	@touch $@
