@@ -164,7 +164,8 @@ class View(BaseStorage):
             if study._study_id == _ASKED.get():
                 stored = self._read(study._study_id)[1]
                 if stored is not None:
-                    shown.user_attrs = dict(facts(stored))
+                    # Five of them are seen at once.
+                    shown.user_attrs = {**result(stored), **facts(stored)}
                     shown.system_attrs = self._with_ours(study, stored)
             elif is_ours(study):
                 shown.user_attrs = {}
@@ -236,6 +237,7 @@ class View(BaseStorage):
         shown = copy.copy(trial)
         if study is not None:
             shown.user_attrs = dict(attributes(study, study.trials[index]))
+            shown.intermediate_values = {}  # the speedup once more, in a plot of one step
         limits = list(trial.constraints.values())
         if study is not None and verification is not None and not verification.verified:
             limits.append(_held_out_violation(study, verification))
@@ -306,6 +308,18 @@ def attributes(study: StoredStudy, trial: StoredTrial) -> dict[str, str | int | 
     return shown
 
 
+def result(study: StoredStudy) -> dict[str, str]:
+    """What a study has found so far."""
+    best = fastest_feasible(study)
+    counted = (f"{count} {outcome.value}" for outcome, count in outcomes(study).items())
+    return {
+        "fastest within the budget": "none yet"
+        if best is None
+        else f"{speedup(best)} with {settings(best.params)}",
+        "trials": ", ".join(counted) or "none",
+    }
+
+
 def facts(study: StoredStudy) -> dict[str, str]:
     """What a study searches, within which budget, and where."""
     what, where = study.configuration, study.environment
@@ -318,17 +332,17 @@ def facts(study: StoredStudy) -> dict[str, str]:
     libraries = {"Python": where.python, **where.versions}
     count = "" if study.settings is None else f" of {study.settings} settings"
     return {
+        "budget": " and ".join(map(_limit, what.budgets)),
+        "device": f"{where.device} ({', '.join(filter(None, parts))})",
+        "methods": ", ".join(what.methods) or "none",
         "model": what.model + (f" at {what.revision}" if what.revision else ""),
         "pipeline": what.pipeline,
         "scheduler": what.scheduler,
         "steps": str(what.steps),
-        "methods": ", ".join(what.methods) or "none",
-        "budget": " and ".join(map(_limit, what.budgets)),
         "prompts": f"{what.prompts_name}, {len(what.prompts)} of them",
         "images": f"{what.height} x {what.width}, batch {what.batch_size}, {what.dtype}, "
         f"guidance {what.guidance_scale:g}",
         "search": f"{what.search.sampler}, at most {what.search.trials} trials{count}",
-        "device": f"{where.device} ({', '.join(filter(None, parts))})",
         "libraries": ", ".join(f"{name} {version}" for name, version in libraries.items()),
     }
 
@@ -355,9 +369,7 @@ def note(study: StoredStudy) -> str:
         answer = targeted(study, asked, choice)
         told = "nothing yet" if answer is None else f"trial {answer.number}, {answer.speedup:.2f}x"
         lines += ["", f"{asked:g}x was asked for: {told}."]
-    counted = outcomes(study)
-    lines += ["", "## Trials", ""]
-    lines += [f"- {count} {outcome.value}" for outcome, count in counted.items()] or ["- none"]
+    lines += ["", "## Trials", "", f"- {result(study)['trials']}"]
     baselines = [
         one.measurement.latency.baseline_median_s for one in study.current if one.measurement
     ]
