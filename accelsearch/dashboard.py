@@ -133,6 +133,7 @@ def application(storage: BaseStorage, artifacts: Path, *, local: bool = True) ->
                 _leave_own_note(environ)
         elif method not in ("GET", "HEAD"):
             return _refused(start_response, "this dashboard shows, and changes nothing but notes")
+        environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # without it optuna-dashboard breaks
         asked = _STUDY.fullmatch(path)
         token = _ASKED.set(int(asked[1]) if asked else None)
         try:
