@@ -537,6 +537,9 @@ def test_the_password_of_the_storage_is_told_nowhere(postgres: Any, artifacts: P
         arguments = " ".join(process.cmdline())
         assert "dashboard" in arguments
         assert password not in arguments
+        postgres.restart()
+        pages.append(dashboard.get("/api/studies/1"))
+        assert json.loads(pages[-1])["name"] == study.study_name, "it comes back with its server"
         code, out, err = dashboard.stop()
     assert password.encode() not in b"".join(pages)
     assert (code, out, err) == (0, "", "")
@@ -734,8 +737,8 @@ def test_pages_show_what_the_database_holds_while_trials_are_written(
 
 ATTACK = (
     '<script>window.ran = 1</script><img src="x" onerror="window.ran = 2">'
-    "[link](javascript:window.ran=3) ![i](x) <a href='javascript:window.ran=4'>a</a> `[out](http://x)` | "
-    "\n\n# top\n\n<svg onload=window.ran=5>"
+    "[link](javascript:window.ran=3) ![i](x) <a href='javascript:window.ran=4'>a</a> "
+    "`[out](http://x)` | \n\n# top\n\n<svg onload=window.ran=5>"
 )
 
 OWN_ATTACK = f"[link](javascript:window.ran=3) ![i](x)\n\n{ATTACK}"
@@ -787,7 +790,9 @@ def test_text_that_others_chose_runs_nothing_and_makes_no_markup(
 
 
 @pytest.mark.browser
-def test_own_notes_run_nothing(browser: Any, tmp_path: Path, artifacts: Path) -> None:
+def test_own_notes_are_written_in_the_page_and_run_nothing(
+    browser: Any, tmp_path: Path, artifacts: Path
+) -> None:
     url = new_database(tmp_path)
     storage = open_storage(url)
     study = started(storage)
@@ -807,4 +812,15 @@ def test_own_notes_run_nothing(browser: Any, tmp_path: Path, artifacts: Path) ->
         link.click()
         assert link.get_attribute("href") == ""
         assert pages.page.evaluate("window.ran") is None
+
+        pages.open("/dashboard/studies/1/note", OWN_NOTES.lstrip("# "))
+        pages.page.locator("button:visible").last.click()  # the pencil
+        editor = pages.page.locator("textarea:visible").first
+        assert editor.input_value().endswith(ATTACK), "as it was written"
+        editor.fill(editor.input_value().partition(OWN_NOTES)[0] + f"{OWN_NOTES}\nsoft edges")
+        with pages.page.expect_response("**/api/studies/1/note"):
+            pages.page.get_by_role("button", name="Save").click()
+        stored = storage.get_study_system_attrs(1)
+        assert stored["dashboard:note_str:0"] == "soft edges"
+        assert pages.problems == []
         pages.page.close()
