@@ -131,7 +131,8 @@ def application(storage: BaseStorage, artifacts: Path, *, local: bool = True) ->
         if method == "PUT" and (note := _NOTE.fullmatch(path)):
             if note[2] is None:
                 _leave_own_note(environ)
-        elif method not in ("GET", "HEAD"):
+            return _saved(pages, environ, start_response)
+        if method not in ("GET", "HEAD"):
             return _refused(start_response, "this dashboard shows, and changes nothing but notes")
         environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # without it optuna-dashboard breaks
         asked = _STUDY.fullmatch(path)
@@ -446,6 +447,24 @@ def _leave_own_note(environ: WSGIEnvironment) -> None:
         pass  # optuna-dashboard says what is wrong with it
     environ["wsgi.input"] = BytesIO(sent)
     environ["CONTENT_LENGTH"] = str(len(sent))
+
+
+def _saved(
+    pages: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse
+) -> Iterable[bytes]:
+    """The answer to a note, as JSON even where there is nothing to say.
+
+    The pages of optuna-dashboard 0.21 read its empty one as JSON, and fail.
+    """
+    empty = False
+
+    def start(status: str, headers: list[tuple[str, str]], error: Any = None) -> Any:
+        nonlocal empty
+        empty = status.startswith("204")
+        return start_response("200 OK" if empty else status, headers, error)
+
+    body = pages(environ, start)
+    return [b"{}"] if empty else body
 
 
 def _refused(start_response: StartResponse, reason: str) -> list[bytes]:

@@ -358,7 +358,7 @@ def test_own_notes_are_kept_and_ours_are_not_stored(
     assert note["body"].endswith(f"\n{OWN_NOTES}\n")
     mine = "Looks *soft* at 3.\n" + "long " * 1000
     saved = {"version": note["version"] + 1, "body": note["body"] + mine}
-    assert ask("/api/studies/1/note", "PUT", saved).status == "204"
+    assert ask("/api/studies/1/note", "PUT", saved).status == "200"
     stored = storage.get_study_system_attrs(1)
     texts = [stored[key] for key in sorted(stored) if key.startswith("dashboard:note_str")]
     assert "".join(texts) == mine
@@ -368,14 +368,14 @@ def test_own_notes_are_kept_and_ours_are_not_stored(
     assert again["body"].endswith(f"\n{OWN_NOTES}\n{mine}")
     assert "**2.00x" in again["body"]
     short = {"version": again["version"] + 1, "body": "mine alone"}
-    assert ask("/api/studies/1/note", "PUT", short).status == "204"
+    assert ask("/api/studies/1/note", "PUT", short).status == "200"
     assert shown_note(ask).endswith(f"\n{OWN_NOTES}\nmine alone")
 
 
 def test_two_who_write_a_note_at_once_do_not_overwrite_each_other(
     study: optuna.Study, ask: Ask
 ) -> None:
-    assert ask("/api/studies/1/note", "PUT", {"version": 1, "body": "first"}).status == "204"
+    assert ask("/api/studies/1/note", "PUT", {"version": 1, "body": "first"}).status == "200"
     assert ask("/api/studies/1/note", "PUT", {"version": 1, "body": "second"}).status == "409"
     assert shown_note(ask).endswith("\nfirst")
 
@@ -383,7 +383,7 @@ def test_two_who_write_a_note_at_once_do_not_overwrite_each_other(
 def test_a_note_of_a_trial_is_kept(study: optuna.Study, ask: Ask) -> None:
     ended(study, 2.0, 0.01)
     body = {"version": 1, "body": f"a\n{OWN_NOTES}\nb"}
-    assert ask("/api/studies/1/1/note", "PUT", body).status == "204"
+    assert ask("/api/studies/1/1/note", "PUT", body).status == "200"
     assert shown_trial(ask, 0)["note"] == {"version": 1, "body": f"a\n{OWN_NOTES}\nb"}
 
 
@@ -822,5 +822,6 @@ def test_own_notes_are_written_in_the_page_and_run_nothing(
             pages.page.get_by_role("button", name="Save").click()
         stored = storage.get_study_system_attrs(1)
         assert stored["dashboard:note_str:0"] == "soft edges"
+        pages.page.get_by_text("Success to save the note").wait_for()
         assert pages.problems == []
         pages.page.close()
