@@ -31,8 +31,8 @@ from sqlalchemy.engine import make_url
 from accelsearch.dashboard import OWN_NOTES, View, application, is_loopback, serve
 from accelsearch.errors import DashboardError, StorageError
 from accelsearch.measurement import Measurement, Scores
+from accelsearch.pictures import keep_picture
 from accelsearch.queries import fastest_feasible
-from accelsearch.report import keep_picture
 from accelsearch.storage import (
     Outcome,
     create_study,
