@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from accelsearch import __version__
+from accelsearch import __version__, completion
 from accelsearch.errors import AccelSearchError, PlanError, StorageError, nearest
 
 if TYPE_CHECKING:
@@ -25,7 +26,27 @@ if TYPE_CHECKING:
 
 # Modules that import torch or optuna are imported inside the commands: `--help` stays instant.
 
+# What the commands are for, in the order of the work.
+_SEARCH, _RESULTS, _CODE, _MACHINE = "Search", "Results", "Code", "This machine"
+_WHERE, _PLAN = "Where results lie", "Instead of what the plan says"
+_CHOICE, _LIMITS = "Which one", "How long"
+
+
+class _InTheOrderOfWork(typer.core.TyperGroup):
+    """The commands by the group that their help shows them in; in it, as they are written."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        order = (_SEARCH, _RESULTS, _CODE, _MACHINE)
+
+        def rank(name: str) -> int:
+            panel = getattr(self.commands[name], "rich_help_panel", None)
+            return order.index(panel) if panel in order else len(order)
+
+        return sorted(self.commands, key=rank)
+
+
 app = typer.Typer(
+    cls=_InTheOrderOfWork,
     help="Find the fastest acceleration parameters of a diffusion pipeline within a loss budget.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -38,19 +59,57 @@ _WATCH_S = 2.0
 _INTERRUPTED = 130  # Typer's answer to Ctrl-C
 _DEFAULT_STORAGE = "sqlite:///storage/accelsearch.db"
 _EXPORTS = Path("storage/exports")
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, studies/*.toml.")]
+PlanFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PLAN", help="A plan file, studies/*.toml.", autocompletion=completion.plans
+    ),
+]
 Storage = Annotated[
     str,
-    typer.Option(envvar="ACCELSEARCH_STORAGE", help="URL of the database.", show_envvar=True),
+    typer.Option(
+        envvar="ACCELSEARCH_STORAGE",
+        help="URL of the database.",
+        show_envvar=True,
+        rich_help_panel=_WHERE,
+    ),
 ]
 Artifacts = Annotated[
-    Path, typer.Option(help="Folder of the trials' pictures.", envvar="ACCELSEARCH_ARTIFACTS")
+    Path,
+    typer.Option(
+        help="Folder of the trials' pictures.",
+        envvar="ACCELSEARCH_ARTIFACTS",
+        rich_help_panel=_WHERE,
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="auto, cpu, cuda or cuda:N, instead of the plan's.")
+    str | None,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N.",
+        rich_help_panel=_PLAN,
+        autocompletion=completion.devices,
+    ),
 ]
-Trials = Annotated[int | None, typer.Option(help="Trials a study, instead of the plan's.")]
-TimeoutS = Annotated[float | None, typer.Option(help="Seconds a study may take.")]
+Trials = Annotated[int | None, typer.Option(help="Trials a study.", rich_help_panel=_PLAN)]
+TimeoutS = Annotated[
+    float | None, typer.Option(help="Seconds a study may take.", rich_help_panel=_PLAN)
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="One of the plan's schedulers.",
+        rich_help_panel=_CHOICE,
+        autocompletion=completion.schedulers,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="One of the plan's steps.",
+        rich_help_panel=_CHOICE,
+        autocompletion=completion.steps,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -59,18 +118,28 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except AccelSearchError as error:
-        _fail(str(error), error.exit_code)
+        _fail(_told_by_option(error) or str(error), error.exit_code)
+    except BrokenPipeError:
+        # Whoever read it has seen enough, as with `| head`. Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except _UsageError as error:
         path = error.ctx.command_path if error.ctx else "accelsearch"
         _fail(f"{error.format_message()} See: {path} --help", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except Exception as error:
+        # What the database or a check of data says, unless it was foreseen and told better.
+        told = _told_by_library(error)
+        if told is None:
+            raise
+        _fail(told, 2)
     if code == _INTERRUPTED:
         _fail("interrupted; finished trials are kept, run the same command again", code)
     raise SystemExit(code or 0)
 
 
-@app.command(epilog="Example: accelsearch bounds studies/shapes-demo.toml")
+@app.command(epilog="Example: accelsearch bounds studies/shapes-demo.toml", rich_help_panel=_SEARCH)
 def bounds(
     plan: PlanFile,
     storage: Storage = _DEFAULT_STORAGE,
@@ -97,7 +166,10 @@ def bounds(
     return code or (0 if any(one.best for one in found) else 1)
 
 
-@app.command(epilog="Example: accelsearch target studies/shapes-demo.toml --speedup 2 --speedup 3")
+@app.command(
+    epilog="Example: accelsearch target studies/shapes-demo.toml --speedup 2 --speedup 3",
+    rich_help_panel=_SEARCH,
+)
 def target(
     plan: PlanFile,
     speedup: Annotated[
@@ -111,10 +183,15 @@ def target(
         bool,
         typer.Option("--exact", help="As --closest, and its interval must hold the speedup."),
     ] = False,
-    scheduler: Annotated[str | None, typer.Option(help="One of the plan's schedulers.")] = None,
-    steps: Annotated[int | None, typer.Option(help="One of the plan's steps.")] = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
     methods: Annotated[
-        str | None, typer.Option(help="One of the plan's sets of methods, as deepcache,tgate.")
+        str | None,
+        typer.Option(
+            help="One of the plan's sets of methods, as deepcache,tgate.",
+            rich_help_panel=_CHOICE,
+            autocompletion=completion.method_sets,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A folder to export to, as with `accelsearch export`.")
@@ -168,7 +245,10 @@ def target(
     return code or (0 if found and all(one.answer for one in found) else 1)
 
 
-@app.command(epilog="Example: accelsearch worker PLAN --storage postgresql://host/db")
+@app.command(
+    epilog="Example: accelsearch worker PLAN --storage postgresql://host/db",
+    rich_help_panel=_SEARCH,
+)
 def worker(
     plan: PlanFile,
     storage: Storage = _DEFAULT_STORAGE,
@@ -227,7 +307,10 @@ def worker(
     return max((error.exit_code for error in done.failed.values()), default=0)
 
 
-@app.command(epilog="Example: accelsearch launch studies/sd15.toml --gpus all")
+@app.command(
+    epilog="Example: accelsearch launch studies/sd15.toml --gpus all",
+    rich_help_panel=_SEARCH,
+)
 def launch(
     plan: PlanFile,
     gpus: Annotated[
@@ -265,7 +348,6 @@ def launch(
 
     load_plan(plan, {"search.trials": trials, "search.trial_timeout_s": trial_timeout_s})
 
-    import os
     from datetime import datetime
 
     from accelsearch import launch as launching
@@ -307,18 +389,30 @@ def launch(
         )
 
 
-@app.command(epilog="Example: accelsearch measure studies/shapes-demo.toml --set cache_interval=3")
+@app.command(
+    epilog="Example: accelsearch measure studies/shapes-demo.toml --set cache_interval=3",
+    rich_help_panel=_SEARCH,
+)
 def measure(
     plan: PlanFile,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="An acceleration parameter; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="An acceleration parameter; repeatable.",
+            autocompletion=completion.settings,
+        ),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="A method to use with its defaults; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="A method to use with its defaults; repeatable.",
+            autocompletion=completion.methods,
+        ),
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="One of the plan's schedulers.")] = None,
-    steps: Annotated[int | None, typer.Option(help="One of the plan's steps.")] = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
     score: Annotated[bool, typer.Option(help="Make and score images too.")] = True,
     device: Device = None,
 ) -> int:
@@ -358,10 +452,17 @@ def measure(
     return 0
 
 
-@app.command(epilog="Example: accelsearch methods --pipeline StableDiffusionXLPipeline")
+@app.command(
+    epilog="Example: accelsearch methods --pipeline StableDiffusionXLPipeline",
+    rich_help_panel=_MACHINE,
+)
 def methods(
     pipeline: Annotated[
-        str | None, typer.Option(help="A pipeline class: what applies to it, at its full size.")
+        str | None,
+        typer.Option(
+            help="A pipeline class: what applies to it, at its full size.",
+            autocompletion=completion.pipelines,
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Of that pipeline's calls; 50.")
@@ -404,15 +505,26 @@ def methods(
     return 0
 
 
-@app.command(epilog="Example: accelsearch export studies/shapes-demo.toml --out storage/exports")
+@app.command(
+    epilog="Example: accelsearch export studies/shapes-demo.toml --out storage/exports",
+    rich_help_panel=_RESULTS,
+)
 def export(
     plan: Annotated[
         Path | None,
-        typer.Argument(metavar="[PLAN]", help="Only this plan's studies, made on this machine."),
+        typer.Argument(
+            metavar="[PLAN]",
+            help="Only this plan's studies, made on this machine.",
+            autocompletion=completion.plans,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = Path("storage/exports"),
     study: Annotated[
-        list[str] | None, typer.Option(help="A study to export, instead of all; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="A study to export, instead of all; repeatable.",
+            autocompletion=completion.studies,
+        ),
     ] = None,
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
@@ -440,7 +552,7 @@ def export(
     return 0 if exported.entries else 1
 
 
-@app.command(epilog="Example: accelsearch tasks --ratio 0.8 --ratio 0.9")
+@app.command(epilog="Example: accelsearch tasks --ratio 0.8 --ratio 0.9", rich_help_panel=_CODE)
 def tasks(
     source: Annotated[
         Path | None,
@@ -473,7 +585,10 @@ def tasks(
     return 0 if found else 1
 
 
-@app.command(epilog="Example: accelsearch codegen tasks.json --plan studies/shapes-demo.toml")
+@app.command(
+    epilog="Example: accelsearch codegen tasks.json --plan studies/shapes-demo.toml",
+    rich_help_panel=_CODE,
+)
 def codegen(
     source: Annotated[
         Path | None,
@@ -487,7 +602,11 @@ def codegen(
     ] = _EXPORTS,
     out: Annotated[Path, typer.Option(help="Folder of the scripts.")] = Path("storage/scripts"),
     plan: Annotated[
-        Path | None, typer.Option(help="The plan to search when parameters are missing.")
+        Path | None,
+        typer.Option(
+            help="The plan to search when parameters are missing.",
+            autocompletion=completion.plans,
+        ),
     ] = None,
     search_command: Annotated[
         list[str] | None,
@@ -541,7 +660,10 @@ def codegen(
     return 1 if batch.failed else 0
 
 
-@app.command(epilog="Example: accelsearch run studies/shapes-demo.toml --out demo")
+@app.command(
+    epilog="Example: accelsearch run studies/shapes-demo.toml --out demo",
+    rich_help_panel=_SEARCH,
+)
 def run(
     plan: PlanFile,
     out: Annotated[Path, typer.Option(help="Folder of the JSON files and the scripts.")],
@@ -613,7 +735,11 @@ def run(
     return failed or (1 if batch.failed or not keys else 0)
 
 
-@app.command("import", epilog="Example: accelsearch import search_params.json studies/sd15.toml")
+@app.command(
+    "import",
+    epilog="Example: accelsearch import search_params.json studies/sd15.toml",
+    rich_help_panel=_RESULTS,
+)
 def import_(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="A search_params.json.")],
     plan: PlanFile,
@@ -637,7 +763,7 @@ def import_(
     return 0 if any(one.waiting or one.known for one in found) else 1
 
 
-@app.command(epilog="Example: accelsearch status --watch")
+@app.command(epilog="Example: accelsearch status --watch", rich_help_panel=_RESULTS)
 def status(
     storage: Storage = _DEFAULT_STORAGE,
     as_json: Json = False,
@@ -668,7 +794,7 @@ def status(
                 time.sleep(_WATCH_S)
 
 
-@app.command(epilog="Example: accelsearch doctor")
+@app.command(epilog="Example: accelsearch doctor", rich_help_panel=_MACHINE)
 def doctor(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
     """Say what works on this machine, and what to do about the rest."""
     from accelsearch.doctor import examine
@@ -827,15 +953,15 @@ def _value(text: str) -> ParamValue:
 
 
 def _stdout() -> Console:
-    from rich.console import Console
+    from accelsearch.screen import console_of
 
-    return Console(highlight=False)
+    return console_of(sys.stdout)
 
 
 def _stderr() -> Console:
-    from rich.console import Console
+    from accelsearch.screen import console_of
 
-    return Console(stderr=True, highlight=False)
+    return console_of(sys.stderr)
 
 
 def _print_json(value: object) -> None:
@@ -847,6 +973,31 @@ def _absolute(storage: str) -> str:
     kind, mark, path = storage.partition(":///")
     is_file = kind.startswith("sqlite") and mark and path and not path.startswith(("/", "file:"))
     return f"{kind}:///{Path(path).absolute()}" if is_file and path != ":memory:" else storage
+
+
+def _told_by_option(error: AccelSearchError) -> str | None:
+    """What is wrong with an option, under the name that it has here; None where none is to blame"""
+    if not isinstance(error, PlanError) or error.override is None:
+        return None
+    key, said = error.override
+    # A list of the plan is one value here.
+    name = key.rpartition(".")[2].replace("schedulers", "scheduler").replace("_", "-")
+    return f"--{name} {said.partition(' ')[2]}"
+
+
+def _told_by_library(error: Exception) -> str | None:
+    """What SQLAlchemy, Optuna's storage or pydantic says, as one line; None for another's error."""
+    names = {one.__name__ for one in type(error).__mro__}
+    cause = error.__cause__ or error if "StorageInternalError" in names else error
+    if {"SQLAlchemyError", "StorageInternalError"} & names:
+        # Its own words: SQLAlchemy adds the statement and its values.
+        said = str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]
+        return f"storage must stay reachable and writable: {said}; run the same command again"
+    if "ValidationError" in names and type(error).__module__.startswith("pydantic"):
+        from accelsearch.configuration import told
+
+        return f"what is stored or given must be valid: {told(error)}"  # type: ignore[arg-type]
+    return None
 
 
 def _fail(message: str, code: int) -> NoReturn:

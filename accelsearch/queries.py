@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from accelsearch.measurement import ParamValue
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
 __all__ = [
@@ -93,8 +94,17 @@ def pareto_front(study: StoredStudy) -> list[StoredTrial]:
 
 
 def outcomes(study: StoredStudy) -> Counter[Outcome]:
-    """How many measured settings ended how."""
-    return Counter(trial.outcome for trial in study.current)
+    """How many settings ended how, each counted once, and how many are being measured."""
+    running = [trial for trial in study.current if trial.outcome is Outcome.RUNNING]
+    # One whose worker was lost while it resumed another does not say so, and both are here: what
+    # was measured counts, and of several the last.
+    ended: dict[tuple[tuple[str, ParamValue], ...], StoredTrial] = {}
+    for trial in study.current:
+        setting = tuple(sorted(trial.params.items()))
+        measured = ended.get(setting, trial).measurement is not None
+        if trial.outcome is not Outcome.RUNNING and (trial.measurement is not None or not measured):
+            ended[setting] = trial
+    return Counter(trial.outcome for trial in (*ended.values(), *running))
 
 
 def _speedup(trial: StoredTrial) -> float:
