@@ -794,29 +794,38 @@ def status(
                 time.sleep(_WATCH_S)
 
 
-@app.command(epilog="Example: accelsearch doctor", rich_help_panel=_MACHINE)
-def doctor(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
-    """Say what works on this machine, and what to do about the rest."""
+@app.command(
+    epilog="Example: accelsearch doctor studies/shapes-demo.toml", rich_help_panel=_MACHINE
+)
+def doctor(
+    plan: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[PLAN]",
+            help="A plan to look at too: its model, prompts and methods.",
+            autocompletion=completion.plans,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or hub id: what it is, what can accelerate it.")
+    ] = None,
+    storage: Storage = _DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> int:
+    """Say what works on this machine, and what to do about the rest.
+
+    Exit code 1 where something that is needed is missing. Nothing is changed or downloaded.
+    """
     from accelsearch.doctor import examine
 
-    findings = examine(storage)
+    findings = examine(storage, plan, model)
     if as_json:
         _print_json([vars(finding) for finding in findings])
     else:
-        from rich.markup import escape
-        from rich.table import Table
+        from accelsearch.console import findings_table
 
-        table = Table.grid(padding=(0, 2))
-        for finding in findings:
-            mark = (
-                "[green]ok[/]"
-                if finding.ok
-                else "[red]missing[/]"
-                if finding.needed
-                else "[yellow]no[/]"
-            )
-            table.add_row(mark, finding.what, escape(finding.told))
-        _stdout().print(table)
+        console = _stdout()
+        console.print(findings_table(findings, console), soft_wrap=not console.is_terminal)
     return 0 if all(finding.ok for finding in findings if finding.needed) else 1
 
 

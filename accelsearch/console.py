@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from statistics import median
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
@@ -19,6 +19,7 @@ from rich.text import Text
 from accelsearch.budget import loss_told
 from accelsearch.codegen import Batch, Status, Task
 from accelsearch.configuration import Configuration
+from accelsearch.doctor import Finding
 from accelsearch.measurement import Environment, ParamValue, score_loss
 from accelsearch.queries import fastest_feasible, outcomes
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
@@ -29,6 +30,7 @@ __all__ = [
     "PlainProgress",
     "batch_table",
     "bounds_table",
+    "findings_table",
     "progress_on",
     "settings",
     "speedup",
@@ -273,6 +275,25 @@ def batch_table(batch: Batch) -> Table:
             escape(result.reason if result.file is None else result.file.name),
         )
     return table
+
+
+def findings_table(findings: Iterable[Finding], console: Console) -> RenderableType:
+    """What the doctor found, one line each; lines are broken on a terminal only."""
+    rows = [(*_mark(one), one.what, one.told) for one in findings]
+    if not console.is_terminal:
+        wide = max(len(what) for *_, what, _ in rows)
+        lines = (f"{word:7}  {what:{wide}}  {told}" for _, _, word, what, told in rows)
+        return Text("\n".join(lines), no_wrap=True, overflow="ignore")
+    table = Table.grid(padding=(0, 2))
+    for symbol, style, word, what, told in rows:
+        table.add_row(Text(f"{symbol} {word}", style), Text(what, no_wrap=True), Text(told))
+    return table
+
+
+def _mark(finding: Finding) -> tuple[str, str, str]:
+    if finding.ok:
+        return "✓", "green", "ok"
+    return ("✗", "red", "missing") if finding.needed else ("–", "yellow", "no")
 
 
 def _asked(task: Task) -> str:
