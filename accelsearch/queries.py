@@ -94,17 +94,22 @@ def pareto_front(study: StoredStudy) -> list[StoredTrial]:
 
 
 def outcomes(study: StoredStudy) -> Counter[Outcome]:
-    """How many settings ended how, each counted once, and how many are being measured."""
-    running = [trial for trial in study.current if trial.outcome is Outcome.RUNNING]
+    """How many settings ended how, and how many are being measured."""
     # One whose worker was lost while it resumed another does not say so, and both are here: what
-    # was measured counts, and of several the last.
-    ended: dict[tuple[tuple[str, ParamValue], ...], StoredTrial] = {}
-    for trial in study.current:
-        setting = tuple(sorted(trial.params.items()))
-        measured = ended.get(setting, trial).measurement is not None
-        if trial.outcome is not Outcome.RUNNING and (trial.measurement is not None or not measured):
-            ended[setting] = trial
-    return Counter(trial.outcome for trial in (*ended.values(), *running))
+    # was found of a setting counts, and not that a worker was lost at it as well.
+    found = {_setting(trial) for trial in study.current if not trial.lost and _is_over(trial)}
+    lost = {_setting(trial): trial for trial in study.current if trial.lost}
+    counted = [trial for trial in study.current if not trial.lost]
+    counted += [trial for setting, trial in lost.items() if setting not in found]
+    return Counter(trial.outcome for trial in counted)
+
+
+def _is_over(trial: StoredTrial) -> bool:
+    return trial.outcome not in (Outcome.RUNNING, Outcome.INTERRUPTED)
+
+
+def _setting(trial: StoredTrial) -> tuple[tuple[str, ParamValue], ...]:
+    return tuple(sorted(trial.params.items()))
 
 
 def _speedup(trial: StoredTrial) -> float:
