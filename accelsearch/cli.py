@@ -15,14 +15,15 @@ from accelsearch import __version__, completion
 from accelsearch.errors import AccelSearchError, PlanError, StorageError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from rich.console import Console
 
     from accelsearch.codegen import Batch, Result
     from accelsearch.configuration import Configuration
     from accelsearch.measurement import ParamValue
-    from accelsearch.study import Found
+    from accelsearch.study import Found, Progress
 
 # Modules that import torch or optuna are imported inside the commands: `--help` stays instant.
 
@@ -691,46 +692,56 @@ def run(
     overrides = {"search.trials": trials, "search.timeout_s": timeout_s, "device": device}
     configurations = load_plan(plan, overrides).configurations()
 
-    from accelsearch.console import bounds_table
+    from accelsearch.console import bounds_table, stages_on
     from accelsearch.export import export as export_to
     from accelsearch.storage import open_storage
 
     database = open_storage(storage)
-    _tell_stage(1, "bounds", f"{len(configurations)} configurations")
-    found, failed = _searched(configurations, database, artifacts)
-    if not found:
-        return failed
-    _stdout().print(bounds_table(found))
+    found: list[Found] = []
+    try:
+        with stages_on(_stderr(), ("bounds", "export", "tasks", "codegen")) as stages:
+            count = len(configurations)
+            stages.begin(f"{count} configuration{'s'[: count > 1]}")
+            found, failed = _searched(configurations, database, artifacts, progress=stages.progress)
+            if not found:
+                return failed
 
-    _tell_stage(2, "export", f"to {out}")
-    exported = export_to(
-        database, out, artifacts=artifacts, names=[one.study.name for one in found]
-    )
-    for name in exported.nothing_feasible:
-        typer.echo(f"no entry: nothing feasible in {name}", err=True)
+            stages.begin(f"to {out}")
+            exported = export_to(
+                database, out, artifacts=artifacts, names=[one.study.name for one in found]
+            )
+            for name in exported.nothing_feasible:
+                stages.tell(f"no entry: nothing feasible in {name}")
 
-    # Of this plan alone: the folder may hold entries of others.
-    keys = {str(one.study.configuration.key(None)) for one in found if one.best}
-    bounds_of = {key: entry for key, entry in contract.read(exported.bounds).items() if key in keys}
-    asked = code.from_bounds(bounds_of, ratio or code.RATIOS)
-    code.write_tasks(out / "tasks.json", asked)
-    _tell_stage(3, "tasks", f"{len(asked)} in {out / 'tasks.json'}")
+            # Of this plan alone: the folder may hold entries of others.
+            keys = {str(one.study.configuration.key(None)) for one in found if one.best}
+            entries = contract.read(exported.bounds).items()
+            asked = code.from_bounds(
+                {key: entry for key, entry in entries if key in keys}, ratio or code.RATIOS
+            )
+            code.write_tasks(out / "tasks.json", asked)
+            stages.begin(f"{len(asked)} in {out / 'tasks.json'}")
 
-    _tell_stage(4, "codegen", f"to {out}")
-    batch = code.generate(
-        asked,
-        params=exported.params,
-        bounds=exported.bounds,
-        out=out,
-        search=code.CommandSearch(
-            code.default_search(),
-            out,
-            plan,
-            search_timeout_s,
-            {"ACCELSEARCH_STORAGE": storage, "ACCELSEARCH_ARTIFACTS": str(artifacts)},
-        ),
-        told=_tell_result,
-    )
+            stages.begin(f"to {out}")
+            batch = code.generate(
+                asked,
+                params=exported.params,
+                bounds=exported.bounds,
+                out=out,
+                search=code.CommandSearch(
+                    code.default_search(),
+                    out,
+                    plan,
+                    search_timeout_s,
+                    {"ACCELSEARCH_STORAGE": storage, "ACCELSEARCH_ARTIFACTS": str(artifacts)},
+                    stages.say,
+                ),
+                told=lambda result: stages.tell(_result_told(result)),
+            )
+    finally:
+        # Also where it is interrupted: the bounds are what took the time.
+        if found:
+            _stdout().print(bounds_table(found))
     _tell_batch(batch, as_json=False)
     return failed or (1 if batch.failed or not keys else 0)
 
@@ -904,15 +915,17 @@ def _searched(
     artifacts: Path,
     goal: float | None = None,
     choice: str = "safest",
+    progress: Callable[[int, int], AbstractContextManager[Progress]] | None = None,
 ) -> tuple[list[Found], int]:
     """Search one configuration after the other; what was found, and the exit code of failures."""
     from accelsearch.console import progress_on
     from accelsearch.study import search
 
     found, code = [], 0
-    for configuration in configurations:
+    for number, configuration in enumerate(configurations, 1):
+        shown = progress(number, len(configurations)) if progress else progress_on(_stderr())
         try:
-            with progress_on(_stderr()) as progress:
+            with shown as display:
                 found.append(
                     search(
                         configuration,
@@ -920,7 +933,7 @@ def _searched(
                         artifacts=artifacts,
                         goal=goal,
                         choice=choice,
-                        progress=progress,
+                        progress=display,
                     )
                 )
         except StorageError:
@@ -932,12 +945,12 @@ def _searched(
     return found, code
 
 
-def _tell_stage(number: int, name: str, what: str) -> None:
-    _stderr().print(f"[bold]{number}/4 {name}[/]: {what}", soft_wrap=True)
-
-
 def _tell_result(result: Result) -> None:
-    typer.echo(f"  {result.status.value}: {result.sentence or 'an empty line'}", err=True)
+    typer.echo(_result_told(result), err=True)
+
+
+def _result_told(result: Result) -> str:
+    return f"  {result.status.value}: {result.sentence or 'an empty line'}"
 
 
 def _tell_batch(batch: Batch, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -28,12 +28,14 @@ from accelsearch.study import Found, Progress
 __all__ = [
     "LiveProgress",
     "PlainProgress",
+    "Stages",
     "batch_table",
     "bounds_table",
     "findings_table",
     "progress_on",
     "settings",
     "speedup",
+    "stages_on",
     "targets_table",
     "told",
     "verification_told",
@@ -135,8 +137,9 @@ class PlainProgress:
 class LiveProgress:
     """A view that is redrawn in place: trials done, the best so far, what was pruned, time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, hosted: bool = False) -> None:
         self._console = console
+        self._hosted = hosted  # in another's view, which draws ours
         self._live: Live | None = None
         self._study: StoredStudy | None = None
         self._spinner = Spinner("dots")
@@ -150,10 +153,14 @@ class LiveProgress:
         self._study, self._trials_s = study, []
         self._study_began = time.monotonic()
         self._console.print(Text.assemble((study.name, "bold"), f" on {environment.device}"))
-        self._live = Live(
-            get_renderable=self._view, console=self._console, transient=True, refresh_per_second=8
-        )
-        self._live.start()
+        if not self._hosted:
+            self._live = Live(
+                get_renderable=self._view,
+                console=self._console,
+                transient=True,
+                refresh_per_second=8,
+            )
+            self._live.start()
 
     def trial_started(self, params: Mapping[str, ParamValue]) -> None:
         self._began, self._params = time.monotonic(), settings(params)
@@ -186,6 +193,10 @@ class LiveProgress:
         if self._live is not None:
             self._live.stop()
 
+    def view(self) -> RenderableType:
+        """What is drawn, for one who hosts it; before the study is known, what is done."""
+        return Text(self._doing, "dim") if self._study is None else self._view()
+
     def _view(self) -> Group:
         study = self._study
         assert study is not None
@@ -215,6 +226,102 @@ class LiveProgress:
             left_s = min(left_s, timeout_s - (time.monotonic() - self._study_began))
         minutes, seconds = divmod(round(max(left_s, 0)), 60)
         return f"{minutes}:{seconds:02d} left"
+
+
+@contextmanager
+def stages_on(console: Console, names: Sequence[str]) -> Iterator[Stages]:
+    """The stages of a longer work on `console`: one live view on a terminal, else plain lines."""
+    stages = Stages(console, names)
+    try:
+        yield stages
+        stages.end()
+    finally:
+        stages.stop()
+
+
+class Stages:
+    """Several stages one after the other, each with its state, and what the running one does.
+
+    On a terminal the view is drawn in place and what happens passes above it; elsewhere a line
+    tells that a stage begins, and others what happens in it.
+    """
+
+    def __init__(self, console: Console, names: Sequence[str]) -> None:
+        self._console = console
+        self._names = tuple(names)
+        self._at = -1
+        self._over = False
+        self._told = [""] * len(self._names)
+        self._detail: Callable[[], RenderableType] | None = None
+        self._spinner = Spinner("dots")
+        self._live: Live | None = None
+        if console.is_terminal:
+            # What goes to stdout is a result, and not to be drawn among the progress.
+            self._live = Live(
+                get_renderable=self._view,
+                console=console,
+                refresh_per_second=8,
+                redirect_stdout=False,
+            )
+            self._live.start()
+
+    def begin(self, what: str) -> None:
+        """The next stage begins, on what is told."""
+        self._at += 1
+        self._told[self._at], self._detail = what, None
+        if self._live is None:
+            name = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
+            self._console.print(f"{name}: {what}", markup=False, soft_wrap=True)
+
+    def tell(self, what: str) -> None:
+        """Something has happened in the running stage."""
+        self._console.print(Text(what), soft_wrap=self._live is None)
+
+    def say(self, line: str) -> None:
+        """What a program says that runs inside: told, and on a terminal its last line kept."""
+        self._detail = lambda: Text(line.strip(), "dim", overflow="ellipsis", no_wrap=True)
+        self.tell(f"    {line.strip()}")
+
+    @contextmanager
+    def progress(self, number: int, count: int) -> Iterator[Progress]:
+        """The display of the search of one configuration of several, inside the running stage."""
+        if self._live is None:
+            yield PlainProgress(self._console)
+            return
+        progress = LiveProgress(self._console, hosted=True)
+        where = Text(f"configuration {number} of {count}")
+        self._detail = lambda: Group(where, progress.view())
+        try:
+            yield progress
+        finally:
+            self._detail = None
+
+    def end(self) -> None:
+        """The last stage has ended well; where another is the running one, it has not."""
+        self._over, self._detail = self._at == len(self._names) - 1, None
+
+    def stop(self) -> None:
+        """Take the view down; the list of the stages stays, with how far they came."""
+        if self._live is not None:
+            self._detail = None
+            self._live.stop()
+
+    def _view(self) -> RenderableType:
+        lines = Table.grid(padding=(0, 1))
+        lines.add_column(width=1)
+        lines.add_column(min_width=max(map(len, self._names)))
+        lines.add_column(overflow="fold")
+        for index, name in enumerate(self._names):
+            ended = index < self._at or self._over
+            if index == self._at and not ended:
+                detail = [] if self._detail is None else [self._detail()]
+                lines.add_row(
+                    self._spinner, Text(name, "bold"), Group(Text(self._told[index]), *detail)
+                )
+            else:
+                mark = Text("✓", "green") if ended else Text("·", "dim")
+                lines.add_row(mark, Text(name, "" if ended else "dim"), Text(self._told[index]))
+        return lines
 
 
 def bounds_table(found: Iterable[Found]) -> Table:

@@ -272,7 +272,7 @@ def test_a_setting_whose_worker_was_lost_while_it_resumed_another_is_counted_onc
         assert outcomes(study_of([lost])) == {outcome: 1}
         again = replace(trial(2, 2.0, 0.01), params=given_up.params)
         assert outcomes(study_of([lost, again])) == {Outcome.FEASIBLE: 1}
-        running = replace(lost, number=3, outcome=Outcome.RUNNING)
+        running = replace(lost, number=3, outcome=Outcome.RUNNING, lost=False)
         assert outcomes(study_of([given_up, running])) == {
             Outcome.DOMINATED: 1,
             Outcome.RUNNING: 1,
