@@ -13,6 +13,7 @@ import typer
 
 from accelsearch import __version__, completion
 from accelsearch.errors import AccelSearchError, PlanError, StorageError, nearest
+from accelsearch.screen import console_of, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -116,6 +117,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, exit code 2 (or 1)."""
+    if plain():
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # its help has a console of its own
     try:
         code = app(standalone_mode=False)
     except AccelSearchError as error:
@@ -975,14 +978,10 @@ def _value(text: str) -> ParamValue:
 
 
 def _stdout() -> Console:
-    from accelsearch.screen import console_of
-
     return console_of(sys.stdout)
 
 
 def _stderr() -> Console:
-    from accelsearch.screen import console_of
-
     return console_of(sys.stderr)
 
 

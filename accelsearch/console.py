@@ -92,8 +92,13 @@ def _ended(study: StoredStudy) -> list[StoredTrial]:
 
 
 def _warning(trial: StoredTrial) -> str:
-    slower = trial.measurement is not None and trial.measurement.latency.slower
-    return " (slower than no acceleration)" if slower else ""
+    if trial.measurement is None:
+        return ""
+    latency = trial.measurement.latency
+    if latency.slower:
+        return " (slower than no acceleration)"
+    # Nothing says that it is slower, but neither that anybody gains by it.
+    return " (no faster than no acceleration)" if latency.speedup <= 1 else ""
 
 
 class PlainProgress:

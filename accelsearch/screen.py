@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
-__all__ = ["console_of"]
+__all__ = ["console_of", "plain"]
 
 
 def console_of(stream: IO[Any]) -> Console:
@@ -17,10 +18,12 @@ def console_of(stream: IO[Any]) -> Console:
     some of which pretend to be a terminal. A plain console colours nothing, and is no terminal to
     whoever would redraw it.
     """
-    return Console(file=stream, highlight=False, force_terminal=False if _plain() else None)
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, force_terminal=False if plain() else None)
 
 
-def _plain() -> bool:
+def plain() -> bool:
     """Whether the environment asks for plain lines, whatever the stream is."""
     log = os.environ.get("CI", "").lower() not in ("", "false", "0")
     unwanted = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") in ("dumb", "unknown")

@@ -299,6 +299,11 @@ def test_the_table_fits_a_narrow_place_and_loses_nothing(make_study: MakeStudy) 
 def test_a_trial_that_is_slower_than_no_acceleration_is_told_so() -> None:
     assert "slower" not in told(FEASIBLE)
     assert told(trial(3, speedup=0.8)).startswith("0.80x (slower than no acceleration)  ")
+    assert told(trial(3, speedup=1.0)).startswith("1.00x (no faster than no acceleration)  ")
+    unsure = trial(3, speedup=0.9)
+    assert unsure.measurement is not None
+    once = replace(unsure.measurement, latency=Latency((0.9,), (1.0,)))
+    assert "(no faster than no acceleration)" in told(replace(unsure, measurement=once))
 
 
 # Targets and held-out prompts
