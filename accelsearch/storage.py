@@ -33,7 +33,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 
 from accelsearch.budget import Judgement, Verdict
 from accelsearch.claims import create_tables
-from accelsearch.configuration import Budget, Configuration
+from accelsearch.configuration import Budget, Configuration, told
 from accelsearch.errors import StorageError, TrialError, nearest
 from accelsearch.judging import judge, judge_held_out
 from accelsearch.measurement import (
@@ -658,7 +658,7 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
         configuration = _configuration(json.dumps(attributes[_CONFIGURATION]))
     except ValidationError as error:
         raise StorageError(
-            f"study {name!r} holds a configuration that this version cannot read: {error}"
+            f"study {name!r} holds a configuration that this version cannot read: {told(error)}"
         ) from None
     try:
         environment = Environment.from_dict(attributes[_ENVIRONMENT])
