@@ -18,11 +18,14 @@ demo: $(VENV)/installed ## Search the bundled model for its upper bound: about 3
 	$(BIN)/accelsearch bounds studies/shapes-demo.toml
 	$(BIN)/accelsearch export studies/shapes-demo.toml --out storage/exports
 
+# A file's tests run in one process, and one thread each: two of torch on one core slow each other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/installed-dev ## Run the tests: no network, no GPU
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not gpu"
 
 test-slow: $(VENV)/installed-dev ## Run the slow tests
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(TESTS) -m "slow and not gpu"
 
 lint: $(VENV)/installed-dev ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,22 +11,44 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from accelsearch import __version__
+from accelsearch import __version__, completion
 from accelsearch.errors import AccelSearchError, PlanError, StorageError, nearest
+from accelsearch.screen import console_of, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from rich.console import Console
 
     from accelsearch.codegen import Batch, Result
     from accelsearch.configuration import Configuration
     from accelsearch.measurement import ParamValue
-    from accelsearch.study import Found
+    from accelsearch.study import Found, Progress
 
 # Modules that import torch or optuna are imported inside the commands: `--help` stays instant.
 
+# What the commands are for, in the order of the work.
+_SEARCH, _RESULTS, _CODE, _MACHINE = "Search", "Results", "Code", "This machine"
+_WHERE, _PLAN = "Where results lie", "Instead of what the plan says"
+_CHOICE, _LIMITS = "Which one", "How long"
+
+
+class _InTheOrderOfWork(typer.core.TyperGroup):
+    """The commands by the group that their help shows them in; in it, as they are written."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        order = (_SEARCH, _RESULTS, _CODE, _MACHINE)
+
+        def rank(name: str) -> int:
+            panel = getattr(self.commands[name], "rich_help_panel", None)
+            return order.index(panel) if panel in order else len(order)
+
+        return sorted(self.commands, key=rank)
+
+
 app = typer.Typer(
+    cls=_InTheOrderOfWork,
     help="Find the fastest acceleration parameters of a diffusion pipeline within a loss budget.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -38,39 +61,89 @@ _WATCH_S = 2.0
 _INTERRUPTED = 130  # Typer's answer to Ctrl-C
 _DEFAULT_STORAGE = "sqlite:///storage/accelsearch.db"
 _EXPORTS = Path("storage/exports")
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, studies/*.toml.")]
+PlanFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PLAN", help="A plan file, studies/*.toml.", autocompletion=completion.plans
+    ),
+]
 Storage = Annotated[
     str,
-    typer.Option(envvar="ACCELSEARCH_STORAGE", help="URL of the database.", show_envvar=True),
+    typer.Option(
+        envvar="ACCELSEARCH_STORAGE",
+        help="URL of the database.",
+        show_envvar=True,
+        rich_help_panel=_WHERE,
+    ),
 ]
 Artifacts = Annotated[
-    Path, typer.Option(help="Folder of the trials' pictures.", envvar="ACCELSEARCH_ARTIFACTS")
+    Path,
+    typer.Option(
+        help="Folder of the trials' pictures.",
+        envvar="ACCELSEARCH_ARTIFACTS",
+        rich_help_panel=_WHERE,
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="auto, cpu, cuda or cuda:N, instead of the plan's.")
+    str | None,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N.",
+        rich_help_panel=_PLAN,
+        autocompletion=completion.devices,
+    ),
 ]
-Trials = Annotated[int | None, typer.Option(help="Trials a study, instead of the plan's.")]
-TimeoutS = Annotated[float | None, typer.Option(help="Seconds a study may take.")]
+Trials = Annotated[int | None, typer.Option(help="Trials a study.", rich_help_panel=_PLAN)]
+TimeoutS = Annotated[
+    float | None, typer.Option(help="Seconds a study may take.", rich_help_panel=_PLAN)
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="One of the plan's schedulers.",
+        rich_help_panel=_CHOICE,
+        autocompletion=completion.schedulers,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="One of the plan's steps.",
+        rich_help_panel=_CHOICE,
+        autocompletion=completion.steps,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, exit code 2 (or 1)."""
+    if plain():
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # its help has a console of its own
     try:
         code = app(standalone_mode=False)
     except AccelSearchError as error:
-        _fail(str(error), error.exit_code)
+        _fail(_told_by_option(error) or str(error), error.exit_code)
+    except BrokenPipeError:
+        # Whoever read it has seen enough, as with `| head`. Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except _UsageError as error:
         path = error.ctx.command_path if error.ctx else "accelsearch"
         _fail(f"{error.format_message()} See: {path} --help", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except Exception as error:
+        # What the database or a check of data says, unless it was foreseen and told better.
+        told = _told_by_library(error)
+        if told is None:
+            raise
+        _fail(told, 2)
     if code == _INTERRUPTED:
         _fail("interrupted; finished trials are kept, run the same command again", code)
     raise SystemExit(code or 0)
 
 
-@app.command(epilog="Example: accelsearch bounds studies/shapes-demo.toml")
+@app.command(epilog="Example: accelsearch bounds studies/shapes-demo.toml", rich_help_panel=_SEARCH)
 def bounds(
     plan: PlanFile,
     storage: Storage = _DEFAULT_STORAGE,
@@ -97,7 +170,10 @@ def bounds(
     return code or (0 if any(one.best for one in found) else 1)
 
 
-@app.command(epilog="Example: accelsearch target studies/shapes-demo.toml --speedup 2 --speedup 3")
+@app.command(
+    epilog="Example: accelsearch target studies/shapes-demo.toml --speedup 2 --speedup 3",
+    rich_help_panel=_SEARCH,
+)
 def target(
     plan: PlanFile,
     speedup: Annotated[
@@ -111,10 +187,15 @@ def target(
         bool,
         typer.Option("--exact", help="As --closest, and its interval must hold the speedup."),
     ] = False,
-    scheduler: Annotated[str | None, typer.Option(help="One of the plan's schedulers.")] = None,
-    steps: Annotated[int | None, typer.Option(help="One of the plan's steps.")] = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
     methods: Annotated[
-        str | None, typer.Option(help="One of the plan's sets of methods, as deepcache,tgate.")
+        str | None,
+        typer.Option(
+            help="One of the plan's sets of methods, as deepcache,tgate.",
+            rich_help_panel=_CHOICE,
+            autocompletion=completion.method_sets,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A folder to export to, as with `accelsearch export`.")
@@ -168,7 +249,10 @@ def target(
     return code or (0 if found and all(one.answer for one in found) else 1)
 
 
-@app.command(epilog="Example: accelsearch worker PLAN --storage postgresql://host/db")
+@app.command(
+    epilog="Example: accelsearch worker PLAN --storage postgresql://host/db",
+    rich_help_panel=_SEARCH,
+)
 def worker(
     plan: PlanFile,
     storage: Storage = _DEFAULT_STORAGE,
@@ -227,7 +311,10 @@ def worker(
     return max((error.exit_code for error in done.failed.values()), default=0)
 
 
-@app.command(epilog="Example: accelsearch launch studies/sd15.toml --gpus all")
+@app.command(
+    epilog="Example: accelsearch launch studies/sd15.toml --gpus all",
+    rich_help_panel=_SEARCH,
+)
 def launch(
     plan: PlanFile,
     gpus: Annotated[
@@ -265,7 +352,6 @@ def launch(
 
     load_plan(plan, {"search.trials": trials, "search.trial_timeout_s": trial_timeout_s})
 
-    import os
     from datetime import datetime
 
     from accelsearch import launch as launching
@@ -307,18 +393,30 @@ def launch(
         )
 
 
-@app.command(epilog="Example: accelsearch measure studies/shapes-demo.toml --set cache_interval=3")
+@app.command(
+    epilog="Example: accelsearch measure studies/shapes-demo.toml --set cache_interval=3",
+    rich_help_panel=_SEARCH,
+)
 def measure(
     plan: PlanFile,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="An acceleration parameter; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="An acceleration parameter; repeatable.",
+            autocompletion=completion.settings,
+        ),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="A method to use with its defaults; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="A method to use with its defaults; repeatable.",
+            autocompletion=completion.methods,
+        ),
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="One of the plan's schedulers.")] = None,
-    steps: Annotated[int | None, typer.Option(help="One of the plan's steps.")] = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
     score: Annotated[bool, typer.Option(help="Make and score images too.")] = True,
     device: Device = None,
 ) -> int:
@@ -358,10 +456,17 @@ def measure(
     return 0
 
 
-@app.command(epilog="Example: accelsearch methods --pipeline StableDiffusionXLPipeline")
+@app.command(
+    epilog="Example: accelsearch methods --pipeline StableDiffusionXLPipeline",
+    rich_help_panel=_MACHINE,
+)
 def methods(
     pipeline: Annotated[
-        str | None, typer.Option(help="A pipeline class: what applies to it, at its full size.")
+        str | None,
+        typer.Option(
+            help="A pipeline class: what applies to it, at its full size.",
+            autocompletion=completion.pipelines,
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Of that pipeline's calls; 50.")
@@ -404,15 +509,26 @@ def methods(
     return 0
 
 
-@app.command(epilog="Example: accelsearch export studies/shapes-demo.toml --out storage/exports")
+@app.command(
+    epilog="Example: accelsearch export studies/shapes-demo.toml --out storage/exports",
+    rich_help_panel=_RESULTS,
+)
 def export(
     plan: Annotated[
         Path | None,
-        typer.Argument(metavar="[PLAN]", help="Only this plan's studies, made on this machine."),
+        typer.Argument(
+            metavar="[PLAN]",
+            help="Only this plan's studies, made on this machine.",
+            autocompletion=completion.plans,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = Path("storage/exports"),
     study: Annotated[
-        list[str] | None, typer.Option(help="A study to export, instead of all; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="A study to export, instead of all; repeatable.",
+            autocompletion=completion.studies,
+        ),
     ] = None,
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
@@ -440,10 +556,15 @@ def export(
     return 0 if exported.entries else 1
 
 
-@app.command(epilog="Example: accelsearch report --out report.html")
+@app.command(epilog="Example: accelsearch report --out report.html", rich_help_panel=_RESULTS)
 def report(
     study: Annotated[
-        list[str] | None, typer.Argument(metavar="[STUDY]...", help="Studies; all, if none.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[STUDY]...",
+            help="Studies; all, if none.",
+            autocompletion=completion.studies,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
     kind: Annotated[
@@ -471,7 +592,7 @@ def report(
     return 0
 
 
-@app.command(epilog="Example: accelsearch tasks --ratio 0.8 --ratio 0.9")
+@app.command(epilog="Example: accelsearch tasks --ratio 0.8 --ratio 0.9", rich_help_panel=_CODE)
 def tasks(
     source: Annotated[
         Path | None,
@@ -504,7 +625,10 @@ def tasks(
     return 0 if found else 1
 
 
-@app.command(epilog="Example: accelsearch codegen tasks.json --plan studies/shapes-demo.toml")
+@app.command(
+    epilog="Example: accelsearch codegen tasks.json --plan studies/shapes-demo.toml",
+    rich_help_panel=_CODE,
+)
 def codegen(
     source: Annotated[
         Path | None,
@@ -518,7 +642,11 @@ def codegen(
     ] = _EXPORTS,
     out: Annotated[Path, typer.Option(help="Folder of the scripts.")] = Path("storage/scripts"),
     plan: Annotated[
-        Path | None, typer.Option(help="The plan to search when parameters are missing.")
+        Path | None,
+        typer.Option(
+            help="The plan to search when parameters are missing.",
+            autocompletion=completion.plans,
+        ),
     ] = None,
     search_command: Annotated[
         list[str] | None,
@@ -572,7 +700,10 @@ def codegen(
     return 1 if batch.failed else 0
 
 
-@app.command(epilog="Example: accelsearch run studies/shapes-demo.toml --out demo")
+@app.command(
+    epilog="Example: accelsearch run studies/shapes-demo.toml --out demo",
+    rich_help_panel=_SEARCH,
+)
 def run(
     plan: PlanFile,
     out: Annotated[Path, typer.Option(help="Folder of the JSON files and the scripts.")],
@@ -600,51 +731,65 @@ def run(
     overrides = {"search.trials": trials, "search.timeout_s": timeout_s, "device": device}
     configurations = load_plan(plan, overrides).configurations()
 
-    from accelsearch.console import bounds_table
+    from accelsearch.console import bounds_table, stages_on
     from accelsearch.export import export as export_to
     from accelsearch.storage import open_storage
 
     database = open_storage(storage)
-    _tell_stage(1, "bounds", f"{len(configurations)} configurations")
-    found, failed = _searched(configurations, database, artifacts)
-    if not found:
-        return failed
-    _stdout().print(bounds_table(found))
+    found: list[Found] = []
+    try:
+        with stages_on(_stderr(), ("bounds", "export", "tasks", "codegen")) as stages:
+            count = len(configurations)
+            stages.begin(f"{count} configuration{'s'[: count > 1]}")
+            found, failed = _searched(configurations, database, artifacts, progress=stages.progress)
+            if not found:
+                return failed
 
-    _tell_stage(2, "export", f"to {out}")
-    exported = export_to(
-        database, out, artifacts=artifacts, names=[one.study.name for one in found]
-    )
-    for name in exported.nothing_feasible:
-        typer.echo(f"no entry: nothing feasible in {name}", err=True)
+            stages.begin(f"to {out}")
+            exported = export_to(
+                database, out, artifacts=artifacts, names=[one.study.name for one in found]
+            )
+            for name in exported.nothing_feasible:
+                stages.tell(f"no entry: nothing feasible in {name}")
 
-    # Of this plan alone: the folder may hold entries of others.
-    keys = {str(one.study.configuration.key(None)) for one in found if one.best}
-    bounds_of = {key: entry for key, entry in contract.read(exported.bounds).items() if key in keys}
-    asked = code.from_bounds(bounds_of, ratio or code.RATIOS)
-    code.write_tasks(out / "tasks.json", asked)
-    _tell_stage(3, "tasks", f"{len(asked)} in {out / 'tasks.json'}")
+            # Of this plan alone: the folder may hold entries of others.
+            keys = {str(one.study.configuration.key(None)) for one in found if one.best}
+            entries = contract.read(exported.bounds).items()
+            asked = code.from_bounds(
+                {key: entry for key, entry in entries if key in keys}, ratio or code.RATIOS
+            )
+            code.write_tasks(out / "tasks.json", asked)
+            stages.begin(f"{len(asked)} in {out / 'tasks.json'}")
 
-    _tell_stage(4, "codegen", f"to {out}")
-    batch = code.generate(
-        asked,
-        params=exported.params,
-        bounds=exported.bounds,
-        out=out,
-        search=code.CommandSearch(
-            code.default_search(),
-            out,
-            plan,
-            search_timeout_s,
-            {"ACCELSEARCH_STORAGE": storage, "ACCELSEARCH_ARTIFACTS": str(artifacts)},
-        ),
-        told=_tell_result,
-    )
+            stages.begin(f"to {out}")
+            batch = code.generate(
+                asked,
+                params=exported.params,
+                bounds=exported.bounds,
+                out=out,
+                search=code.CommandSearch(
+                    code.default_search(),
+                    out,
+                    plan,
+                    search_timeout_s,
+                    {"ACCELSEARCH_STORAGE": storage, "ACCELSEARCH_ARTIFACTS": str(artifacts)},
+                    stages.say,
+                ),
+                told=lambda result: stages.tell(_result_told(result)),
+            )
+    finally:
+        # Also where it is interrupted: the bounds are what took the time.
+        if found:
+            _stdout().print(bounds_table(found))
     _tell_batch(batch, as_json=False)
     return failed or (1 if batch.failed or not keys else 0)
 
 
-@app.command("import", epilog="Example: accelsearch import search_params.json studies/sd15.toml")
+@app.command(
+    "import",
+    epilog="Example: accelsearch import search_params.json studies/sd15.toml",
+    rich_help_panel=_RESULTS,
+)
 def import_(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="A search_params.json.")],
     plan: PlanFile,
@@ -668,7 +813,7 @@ def import_(
     return 0 if any(one.waiting or one.known for one in found) else 1
 
 
-@app.command(epilog="Example: accelsearch status --watch")
+@app.command(epilog="Example: accelsearch status --watch", rich_help_panel=_RESULTS)
 def status(
     storage: Storage = _DEFAULT_STORAGE,
     as_json: Json = False,
@@ -699,29 +844,63 @@ def status(
                 time.sleep(_WATCH_S)
 
 
-@app.command(epilog="Example: accelsearch doctor")
-def doctor(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
-    """Say what works on this machine, and what to do about the rest."""
+@app.command(epilog="Example: accelsearch dashboard --port 8080", rich_help_panel=_RESULTS)
+def dashboard(
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    host: Annotated[
+        str, typer.Option(help="Where to listen; by default only this machine reaches it.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where to listen; 0 takes a free port.")
+    ] = 8080,
+) -> int:
+    """Show studies in a browser, with pictures, notes and figures, also while workers run.
+
+    Ctrl-C stops it. It changes nothing in the database but the notes that you write.
+    """
+    from accelsearch.dashboard import is_loopback, serve
+    from accelsearch.storage import open_storage
+
+    database = open_storage(storage, create=False)
+    if not is_loopback(host):
+        _complain(f"warning: whoever reaches {host} can read this dashboard; it asks no password")
+    serve(database, artifacts, host, port, ready=typer.echo)
+    return 0
+
+
+@app.command(
+    epilog="Example: accelsearch doctor studies/shapes-demo.toml", rich_help_panel=_MACHINE
+)
+def doctor(
+    plan: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[PLAN]",
+            help="A plan to look at too: its model, prompts and methods.",
+            autocompletion=completion.plans,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or hub id: what it is, what can accelerate it.")
+    ] = None,
+    storage: Storage = _DEFAULT_STORAGE,
+    as_json: Json = False,
+) -> int:
+    """Say what works on this machine, and what to do about the rest.
+
+    Exit code 1 where something that is needed is missing. Nothing is changed or downloaded.
+    """
     from accelsearch.doctor import examine
 
-    findings = examine(storage)
+    findings = examine(storage, plan, model)
     if as_json:
         _print_json([vars(finding) for finding in findings])
     else:
-        from rich.markup import escape
-        from rich.table import Table
+        from accelsearch.console import findings_table
 
-        table = Table.grid(padding=(0, 2))
-        for finding in findings:
-            mark = (
-                "[green]ok[/]"
-                if finding.ok
-                else "[red]missing[/]"
-                if finding.needed
-                else "[yellow]no[/]"
-            )
-            table.add_row(mark, finding.what, escape(finding.told))
-        _stdout().print(table)
+        console = _stdout()
+        console.print(findings_table(findings, console), soft_wrap=not console.is_terminal)
     return 0 if all(finding.ok for finding in findings if finding.needed) else 1
 
 
@@ -800,15 +979,17 @@ def _searched(
     artifacts: Path,
     goal: float | None = None,
     choice: str = "safest",
+    progress: Callable[[int, int], AbstractContextManager[Progress]] | None = None,
 ) -> tuple[list[Found], int]:
     """Search one configuration after the other; what was found, and the exit code of failures."""
     from accelsearch.console import progress_on
     from accelsearch.study import search
 
     found, code = [], 0
-    for configuration in configurations:
+    for number, configuration in enumerate(configurations, 1):
+        shown = progress(number, len(configurations)) if progress else progress_on(_stderr())
         try:
-            with progress_on(_stderr()) as progress:
+            with shown as display:
                 found.append(
                     search(
                         configuration,
@@ -816,7 +997,7 @@ def _searched(
                         artifacts=artifacts,
                         goal=goal,
                         choice=choice,
-                        progress=progress,
+                        progress=display,
                     )
                 )
         except StorageError:
@@ -828,12 +1009,12 @@ def _searched(
     return found, code
 
 
-def _tell_stage(number: int, name: str, what: str) -> None:
-    _stderr().print(f"[bold]{number}/4 {name}[/]: {what}", soft_wrap=True)
-
-
 def _tell_result(result: Result) -> None:
-    typer.echo(f"  {result.status.value}: {result.sentence or 'an empty line'}", err=True)
+    typer.echo(_result_told(result), err=True)
+
+
+def _result_told(result: Result) -> str:
+    return f"  {result.status.value}: {result.sentence or 'an empty line'}"
 
 
 def _tell_batch(batch: Batch, as_json: bool) -> None:
@@ -858,15 +1039,11 @@ def _value(text: str) -> ParamValue:
 
 
 def _stdout() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
+    return console_of(sys.stdout)
 
 
 def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+    return console_of(sys.stderr)
 
 
 def _print_json(value: object) -> None:
@@ -878,6 +1055,31 @@ def _absolute(storage: str) -> str:
     kind, mark, path = storage.partition(":///")
     is_file = kind.startswith("sqlite") and mark and path and not path.startswith(("/", "file:"))
     return f"{kind}:///{Path(path).absolute()}" if is_file and path != ":memory:" else storage
+
+
+def _told_by_option(error: AccelSearchError) -> str | None:
+    """What is wrong with an option, under the name that it has here; None where none is to blame"""
+    if not isinstance(error, PlanError) or error.override is None:
+        return None
+    key, said = error.override
+    # A list of the plan is one value here.
+    name = key.rpartition(".")[2].replace("schedulers", "scheduler").replace("_", "-")
+    return f"--{name} {said.partition(' ')[2]}"
+
+
+def _told_by_library(error: Exception) -> str | None:
+    """What SQLAlchemy, Optuna's storage or pydantic says, as one line; None for another's error."""
+    names = {one.__name__ for one in type(error).__mro__}
+    cause = error.__cause__ or error if "StorageInternalError" in names else error
+    if {"SQLAlchemyError", "StorageInternalError"} & names:
+        # Its own words: SQLAlchemy adds the statement and its values.
+        said = str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]
+        return f"storage must stay reachable and writable: {said}; run the same command again"
+    if "ValidationError" in names and type(error).__module__.startswith("pydantic"):
+        from accelsearch.configuration import told
+
+        return f"what is stored or given must be valid: {told(error)}"  # type: ignore[arg-type]
+    return None
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -55,6 +55,7 @@ __all__ = [
     "SearchSettings",
     "load_plan",
     "read_prompts",
+    "told",
 ]
 
 SHAPES = "shapes"  # the bundled model, its prompts and its scorer
@@ -82,10 +83,17 @@ def load_plan(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None 
         plan.configurations()
     except ValidationError as error:
         problem = _first_problem(error)
-        raise PlanError(f"{file}: {_told(problem)}{_blamed(problem, overrides or {})}") from None
+        said, option = _told(problem), _blamed(problem, overrides or {})
+        blame = " (given by an option, not by the file)" if option else ""
+        raise PlanError(f"{file}: {said}{blame}", (option, said) if option else None) from None
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from None
     return plan
+
+
+def told(error: ValidationError) -> str:
+    """The first problem of a configuration or a plan, in one line: `steps must be >= 1, got 0`."""
+    return _told(_first_problem(error))
 
 
 def read_prompts(name: str) -> tuple[str, ...]:
@@ -696,12 +704,11 @@ def _first_problem(error: ValidationError) -> ErrorDetails:
     return (unknown or problems)[0]
 
 
-def _blamed(problem: ErrorDetails, overrides: Mapping[str, Any]) -> str:
-    """What to add where an option says what is wrong, so that nobody looks for it in the file."""
+def _blamed(problem: ErrorDetails, overrides: Mapping[str, Any]) -> str | None:
+    """The override that says what is wrong, so that nobody looks for it in the file."""
     path = ".".join(str(part) for part in problem["loc"])
     given = (key for key, value in overrides.items() if value is not None)
-    by_option = any(path == key or path.startswith(f"{key}.") for key in given)
-    return " (given by an option, not by the file)" if by_option else ""
+    return next((key for key in given if path == key or path.startswith(f"{key}.")), None)
 
 
 def _told(problem: ErrorDetails) -> str:

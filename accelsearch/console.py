@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
@@ -19,6 +19,7 @@ from rich.text import Text
 from accelsearch.budget import loss_told
 from accelsearch.codegen import Batch, Status, Task
 from accelsearch.configuration import Configuration
+from accelsearch.doctor import Finding
 from accelsearch.measurement import Environment, ParamValue, score_loss
 from accelsearch.queries import fastest_feasible, outcomes
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
@@ -27,11 +28,14 @@ from accelsearch.study import Found, Progress
 __all__ = [
     "LiveProgress",
     "PlainProgress",
+    "Stages",
     "batch_table",
     "bounds_table",
+    "findings_table",
     "progress_on",
     "settings",
     "speedup",
+    "stages_on",
     "targets_table",
     "told",
     "verification_told",
@@ -88,8 +92,13 @@ def _ended(study: StoredStudy) -> list[StoredTrial]:
 
 
 def _warning(trial: StoredTrial) -> str:
-    slower = trial.measurement is not None and trial.measurement.latency.slower
-    return " (slower than no acceleration)" if slower else ""
+    if trial.measurement is None:
+        return ""
+    latency = trial.measurement.latency
+    if latency.slower:
+        return " (slower than no acceleration)"
+    # Nothing says that it is slower, but neither that anybody gains by it.
+    return " (no faster than no acceleration)" if latency.speedup <= 1 else ""
 
 
 class PlainProgress:
@@ -133,8 +142,9 @@ class PlainProgress:
 class LiveProgress:
     """A view that is redrawn in place: trials done, the best so far, what was pruned, time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, hosted: bool = False) -> None:
         self._console = console
+        self._hosted = hosted  # in another's view, which draws ours
         self._live: Live | None = None
         self._study: StoredStudy | None = None
         self._spinner = Spinner("dots")
@@ -148,10 +158,14 @@ class LiveProgress:
         self._study, self._trials_s = study, []
         self._study_began = time.monotonic()
         self._console.print(Text.assemble((study.name, "bold"), f" on {environment.device}"))
-        self._live = Live(
-            get_renderable=self._view, console=self._console, transient=True, refresh_per_second=8
-        )
-        self._live.start()
+        if not self._hosted:
+            self._live = Live(
+                get_renderable=self._view,
+                console=self._console,
+                transient=True,
+                refresh_per_second=8,
+            )
+            self._live.start()
 
     def trial_started(self, params: Mapping[str, ParamValue]) -> None:
         self._began, self._params = time.monotonic(), settings(params)
@@ -184,6 +198,10 @@ class LiveProgress:
         if self._live is not None:
             self._live.stop()
 
+    def view(self) -> RenderableType:
+        """What is drawn, for one who hosts it; before the study is known, what is done."""
+        return Text(self._doing, "dim") if self._study is None else self._view()
+
     def _view(self) -> Group:
         study = self._study
         assert study is not None
@@ -213,6 +231,102 @@ class LiveProgress:
             left_s = min(left_s, timeout_s - (time.monotonic() - self._study_began))
         minutes, seconds = divmod(round(max(left_s, 0)), 60)
         return f"{minutes}:{seconds:02d} left"
+
+
+@contextmanager
+def stages_on(console: Console, names: Sequence[str]) -> Iterator[Stages]:
+    """The stages of a longer work on `console`: one live view on a terminal, else plain lines."""
+    stages = Stages(console, names)
+    try:
+        yield stages
+        stages.end()
+    finally:
+        stages.stop()
+
+
+class Stages:
+    """Several stages one after the other, each with its state, and what the running one does.
+
+    On a terminal the view is drawn in place and what happens passes above it; elsewhere a line
+    tells that a stage begins, and others what happens in it.
+    """
+
+    def __init__(self, console: Console, names: Sequence[str]) -> None:
+        self._console = console
+        self._names = tuple(names)
+        self._at = -1
+        self._over = False
+        self._told = [""] * len(self._names)
+        self._detail: Callable[[], RenderableType] | None = None
+        self._spinner = Spinner("dots")
+        self._live: Live | None = None
+        if console.is_terminal:
+            # What goes to stdout is a result, and not to be drawn among the progress.
+            self._live = Live(
+                get_renderable=self._view,
+                console=console,
+                refresh_per_second=8,
+                redirect_stdout=False,
+            )
+            self._live.start()
+
+    def begin(self, what: str) -> None:
+        """The next stage begins, on what is told."""
+        self._at += 1
+        self._told[self._at], self._detail = what, None
+        if self._live is None:
+            name = f"{self._at + 1}/{len(self._names)} {self._names[self._at]}"
+            self._console.print(f"{name}: {what}", markup=False, soft_wrap=True)
+
+    def tell(self, what: str) -> None:
+        """Something has happened in the running stage."""
+        self._console.print(Text(what), soft_wrap=self._live is None)
+
+    def say(self, line: str) -> None:
+        """What a program says that runs inside: told, and on a terminal its last line kept."""
+        self._detail = lambda: Text(line.strip(), "dim", overflow="ellipsis", no_wrap=True)
+        self.tell(f"    {line.strip()}")
+
+    @contextmanager
+    def progress(self, number: int, count: int) -> Iterator[Progress]:
+        """The display of the search of one configuration of several, inside the running stage."""
+        if self._live is None:
+            yield PlainProgress(self._console)
+            return
+        progress = LiveProgress(self._console, hosted=True)
+        where = Text(f"configuration {number} of {count}")
+        self._detail = lambda: Group(where, progress.view())
+        try:
+            yield progress
+        finally:
+            self._detail = None
+
+    def end(self) -> None:
+        """The last stage has ended well; where another is the running one, it has not."""
+        self._over, self._detail = self._at == len(self._names) - 1, None
+
+    def stop(self) -> None:
+        """Take the view down; the list of the stages stays, with how far they came."""
+        if self._live is not None:
+            self._detail = None
+            self._live.stop()
+
+    def _view(self) -> RenderableType:
+        lines = Table.grid(padding=(0, 1))
+        lines.add_column(width=1)
+        lines.add_column(min_width=max(map(len, self._names)))
+        lines.add_column(overflow="fold")
+        for index, name in enumerate(self._names):
+            ended = index < self._at or self._over
+            if index == self._at and not ended:
+                detail = [] if self._detail is None else [self._detail()]
+                lines.add_row(
+                    self._spinner, Text(name, "bold"), Group(Text(self._told[index]), *detail)
+                )
+            else:
+                mark = Text("✓", "green") if ended else Text("·", "dim")
+                lines.add_row(mark, Text(name, "" if ended else "dim"), Text(self._told[index]))
+        return lines
 
 
 def bounds_table(found: Iterable[Found]) -> Table:
@@ -273,6 +387,25 @@ def batch_table(batch: Batch) -> Table:
             escape(result.reason if result.file is None else result.file.name),
         )
     return table
+
+
+def findings_table(findings: Iterable[Finding], console: Console) -> RenderableType:
+    """What the doctor found, one line each; lines are broken on a terminal only."""
+    rows = [(*_mark(one), one.what, one.told) for one in findings]
+    if not console.is_terminal:
+        wide = max(len(what) for *_, what, _ in rows)
+        lines = (f"{word:7}  {what:{wide}}  {told}" for _, _, word, what, told in rows)
+        return Text("\n".join(lines), no_wrap=True, overflow="ignore")
+    table = Table.grid(padding=(0, 2))
+    for symbol, style, word, what, told in rows:
+        table.add_row(Text(f"{symbol} {word}", style), Text(what, no_wrap=True), Text(told))
+    return table
+
+
+def _mark(finding: Finding) -> tuple[str, str, str]:
+    if finding.ok:
+        return "✓", "green", "ok"
+    return ("✗", "red", "missing") if finding.needed else ("–", "yellow", "no")
 
 
 def _asked(task: Task) -> str:

@@ -9,6 +9,7 @@ __all__ = [
     "AccelSearchError",
     "BaselineError",
     "ContractError",
+    "DashboardError",
     "ExportError",
     "ModelError",
     "PlanError",
@@ -37,7 +38,15 @@ class AccelSearchError(Exception):
 
 
 class PlanError(AccelSearchError):
-    """A plan file, or an option that overrides it, says something that cannot be meant."""
+    """A plan file, or an option that overrides it, says something that cannot be meant.
+
+    `override` is what an option is to blame for: the key that it overrides, and what must hold of
+    it; None where no option is.
+    """
+
+    def __init__(self, message: str, override: tuple[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.override = override
 
 
 class ModelError(AccelSearchError):
@@ -62,6 +71,10 @@ class ContractError(AccelSearchError):
 
 class ExportError(AccelSearchError):
     """Stored results cannot be exported as asked."""
+
+
+class DashboardError(AccelSearchError):
+    """The dashboard cannot be started here."""
 
 
 class TrialError(AccelSearchError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from accelsearch.measurement import ParamValue
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
 __all__ = [
@@ -88,8 +89,22 @@ def pareto_front(study: StoredStudy) -> list[StoredTrial]:
 
 
 def outcomes(study: StoredStudy) -> Counter[Outcome]:
-    """How many measured settings ended how."""
-    return Counter(trial.outcome for trial in study.current)
+    """How many settings ended how, and how many are being measured."""
+    # One whose worker was lost while it resumed another does not say so, and both are here: what
+    # was found of a setting counts, and not that a worker was lost at it as well.
+    found = {_setting(trial) for trial in study.current if not trial.lost and _is_over(trial)}
+    lost = {_setting(trial): trial for trial in study.current if trial.lost}
+    counted = [trial for trial in study.current if not trial.lost]
+    counted += [trial for setting, trial in lost.items() if setting not in found]
+    return Counter(trial.outcome for trial in counted)
+
+
+def _is_over(trial: StoredTrial) -> bool:
+    return trial.outcome not in (Outcome.RUNNING, Outcome.INTERRUPTED)
+
+
+def _setting(trial: StoredTrial) -> tuple[tuple[str, ParamValue], ...]:
+    return tuple(sorted(trial.params.items()))
 
 
 def _speedup(trial: StoredTrial) -> float:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna.storages import BaseStorage
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from accelsearch.claims import Claim, WorkerRow, all_claims, all_workers
 from accelsearch.console import settings, speedup
@@ -103,44 +104,59 @@ def tables(status: Status) -> RenderableType:
     """The status as a person reads it."""
     shown: list[RenderableType] = [studies_table(status)]
     if status.workers:
+        shown.append("")
         shown.append(workers_table(status, status.workers))
     return Group(*shown)
 
 
-def studies_table(status: Status) -> Table:
-    table = Table()
-    for name in ("study", "device", "trials", "best feasible", "workers"):
-        table.add_column(name, overflow="fold")  # a study's name is to be copied
+def studies_table(status: Status) -> RenderableType:
+    """Each study under its name, which is whole, to be copied: the best it has found, and how far.
+
+    A name does not fit beside anything else into 80 columns.
+    """
+    shown: list[RenderableType] = [Text("Studies" if status.studies else "no studies", "bold")]
     for study in status.studies:
         best = fastest_feasible(study)
         counted = [f"{count} {key.value}" for key, count in outcomes(study).items()]
-        why = [f"  {count}x {reason}" for reason, count in failures(study).most_common(5)]
-        shown = "none" if best is None else f"{speedup(best)}\n{settings(best.params)}"
+        workers = status.at(study)
+        at_work = f"; {workers} worker{'s'[: workers > 1]} at it" if workers else ""
+        lines = Table.grid(padding=(0, 2))
+        lines.add_column(width=8)
+        lines.add_column(overflow="fold")
+        if best is None:
+            lines.add_row("  best", "none feasible")
+        else:
+            lines.add_row("  best", Text(speedup(best), "bold"))
+            lines.add_row("", Text(settings(best.params)))
+        lines.add_row("  trials", Text(", ".join(counted) or "none"))
+        for reason, count in failures(study).most_common(5):
+            lines.add_row("", Text(f"{count}x {reason}", "yellow"))
+        lines.add_row("  on", Text(f"{study.environment.device}{at_work}"))
+        shown += [Text(study.name, overflow="fold"), lines]
+    return Group(*shown)
+
+
+def workers_table(status: Status, rows: Sequence[WorkerRow]) -> Table:
+    """Each worker: what it does now, its trials so far and an hour, and when it was last seen."""
+    table = _table("Workers", ("worker", 16), ("doing", 20), ("trials", 6), ("last seen", 9))
+    for row in rows:
+        rate = row.trials / row.age_s * 3600 if row.age_s > 0 else 0.0
+        seen = f"{ago(row.unseen_s)} ago" + ("\n(gone)" if gone(row) else "")
         table.add_row(
-            study.name,
-            study.environment.device,
-            escape("\n".join(counted + why)) or "none",
-            shown,
-            str(status.at(study)),
+            Text(f"{row.identity.name}\n{row.identity.host} {row.identity.device}"),
+            Text(_doing(status, row).replace(", ", "\n")),
+            Text(f"{row.trials}" + (f"\n{rate:.0f}/h" if row.trials else "")),
+            Text(seen),
         )
     return table
 
 
-def workers_table(status: Status, rows: Sequence[WorkerRow]) -> Table:
-    table = Table()
-    for name in ("worker", "device", "doing", "trials", "an hour", "last seen"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        rate = row.trials / row.age_s * 3600 if row.age_s > 0 else 0.0
-        seen = f"{ago(row.unseen_s)} ago" + (" (gone)" if gone(row) else "")
-        table.add_row(
-            row.identity.name,
-            f"{row.identity.host} {row.identity.device}",
-            escape(_doing(status, row)),
-            str(row.trials),
-            f"{rate:.0f}" if row.trials else "",
-            seen,
-        )
+def _table(title: str, *columns: tuple[str, int]) -> Table:
+    """A table of 80 columns, whose columns are never narrower than what stands in them."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.pad_edge = table.show_edge = False
+    for name, width in columns:
+        table.add_column(name, overflow="fold", min_width=width)
     return table
 
 

@@ -33,7 +33,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 
 from accelsearch.budget import Judgement, Verdict
 from accelsearch.claims import create_tables
-from accelsearch.configuration import Budget, Configuration
+from accelsearch.configuration import Budget, Configuration, told
 from accelsearch.errors import StorageError, TrialError, nearest
 from accelsearch.judging import judge, judge_held_out
 from accelsearch.measurement import (
@@ -63,6 +63,7 @@ __all__ = [
     "is_ours",
     "is_over",
     "open_storage",
+    "read_both",
     "read_neighbours",
     "read_parts",
     "read_siblings",
@@ -637,12 +638,27 @@ def read_study(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None)
     return _study(study.study_name, study.user_attrs, trials)
 
 
+def read_both(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial], StoredStudy]:
+    """A study's trials as Optuna holds them, and the study that holds the same ones in this order.
+
+    Raises:
+        StorageError: accelsearch did not make the study, or this version cannot read it.
+    """
+    name = storage.get_study_name_from_id(study_id)
+    attributes = storage.get_study_user_attrs(study_id)
+    if not {_CONFIGURATION, _ENVIRONMENT} <= attributes.keys():
+        raise StorageError(f"study {name!r} must be made by accelsearch to be read")
+    # After the attributes, which may tell of any trial that is stored by then.
+    trials = storage.get_all_trials(study_id, deepcopy=False)
+    return trials, _study(name, attributes, trials)
+
+
 def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> StoredStudy:
     try:
         configuration = _configuration(json.dumps(attributes[_CONFIGURATION]))
     except ValidationError as error:
         raise StorageError(
-            f"study {name!r} holds a configuration that this version cannot read: {error}"
+            f"study {name!r} holds a configuration that this version cannot read: {told(error)}"
         ) from None
     try:
         environment = Environment.from_dict(attributes[_ENVIRONMENT])

@@ -18,12 +18,15 @@ from accelsearch.console import (
     LiveProgress,
     PlainProgress,
     bounds_table,
+    findings_table,
     progress_on,
     settings,
+    stages_on,
     targets_table,
     told,
     verification_told,
 )
+from accelsearch.doctor import Finding
 from accelsearch.measurement import Environment, Latency, Measurement, Scores
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 from accelsearch.study import Found
@@ -296,6 +299,11 @@ def test_the_table_fits_a_narrow_place_and_loses_nothing(make_study: MakeStudy) 
 def test_a_trial_that_is_slower_than_no_acceleration_is_told_so() -> None:
     assert "slower" not in told(FEASIBLE)
     assert told(trial(3, speedup=0.8)).startswith("0.80x (slower than no acceleration)  ")
+    assert told(trial(3, speedup=1.0)).startswith("1.00x (no faster than no acceleration)  ")
+    unsure = trial(3, speedup=0.9)
+    assert unsure.measurement is not None
+    once = replace(unsure.measurement, latency=Latency((0.9,), (1.0,)))
+    assert "(no faster than no acceleration)" in told(replace(unsure, measurement=once))
 
 
 # Targets and held-out prompts
@@ -351,3 +359,105 @@ def test_a_table_of_a_study_without_held_out_prompts_says_nothing_of_them(
     console = Console(file=StringIO(), width=120)
     console.print(bounds_table([Found(make_study(FEASIBLE), "")]))
     assert "verified" not in shown(console)
+
+
+# Stages of a longer work
+
+
+def test_stages_are_a_line_each_where_nothing_can_be_redrawn(make_study: MakeStudy) -> None:
+    console = pipe()
+    with stages_on(console, ("bounds", "codegen")) as stages:
+        stages.begin("2 configurations")
+        with stages.progress(1, 2) as progress:
+            assert isinstance(progress, PlainProgress)
+            progress.study_started(make_study(), ENVIRONMENT)
+            progress.trial_finished(make_study(FEASIBLE))
+        stages.begin("to [a] folder")
+        stages.say("what a program says\n")
+        stages.tell("  generated: a sentence that is longer than forty columns")
+    assert "\x1b" not in raw(console)
+    assert "\r" not in raw(console)
+    assert raw(console).splitlines() == [
+        "1/2 bounds: 2 configurations",
+        "tiny-DDIM-4-deepcache on a CPU [of mine]",
+        f"  trial 0 (limit 10)  {told(FEASIBLE)}",
+        "2/2 codegen: to [a] folder",
+        "    what a program says",
+        "  generated: a sentence that is longer than forty columns",
+    ]
+
+
+def test_a_terminal_shows_all_stages_and_the_search_inside_the_running_one(
+    make_study: MakeStudy,
+) -> None:
+    console = terminal()
+    with stages_on(console, ("bounds", "export", "codegen")) as stages:
+        stages.begin("2 configurations")
+        with stages.progress(2, 2) as progress:
+            progress.study_started(make_study(), ENVIRONMENT)
+            progress.trial_started({"cache_interval": 7})
+            progress.doing("scoring 3/24")
+            progress.trial_finished(make_study(FEASIBLE))
+            frame = Console(file=StringIO(), width=80)
+            frame.print(stages._view())
+            progress.study_finished(Found(make_study(FEASIBLE), "the limit of 1 trials"))
+        stages.begin("to demo")
+        stages.begin("to demo")
+        stages.say("  trial 3 of a search on demand")
+        inside = Console(file=StringIO(), width=80)
+        inside.print(stages._view())
+    text = shown(frame)
+    for expected in (
+        "bounds  2 configurations",
+        "configuration 2 of 2",
+        "1/10 trials best 2.00x",
+        "cache_interval=7  scoring 3/24",
+        "· export",
+        "· codegen",
+    ):
+        assert expected in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"✓ bounds.*\n✓ export.*\n. codegen to demo", shown(inside))
+    assert "trial 3 of a search on demand" in shown(inside)
+    # One view from the beginning to the end, whose last state stays.
+    assert raw(console).count(HIDDEN) == raw(console).count(SHOWN) == 1
+    assert re.search(r"✓ bounds.*\n✓ export.*\n✓ codegen to demo *\n?$", shown(console))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_stages_that_are_cut_short_do_not_say_that_they_ended(error: type[BaseException]) -> None:
+    console = terminal()
+    with pytest.raises(error), stages_on(console, ("bounds", "export")) as stages:
+        stages.begin("1 configuration")
+        raise error
+    last = Console(file=StringIO(), width=80)
+    last.print(stages._view())
+    assert "✓" not in shown(last)
+    assert raw(console).rfind(SHOWN) > raw(console).rfind(HIDDEN) >= 0
+
+
+def test_a_stage_that_ends_the_work_early_leaves_the_others_open() -> None:
+    with stages_on(terminal(), ("bounds", "export")) as stages:
+        stages.begin("1 configuration")
+    last = Console(file=StringIO(), width=80)
+    last.print(stages._view())
+    assert "✓" not in shown(last)
+
+
+def test_findings_are_aligned_and_whole_in_a_pipe_and_marked_on_a_terminal() -> None:
+    findings = [
+        Finding("python", True, "3.11"),
+        Finding("storage", False, "must be [one] that " + "can be reached " * 9),
+        Finding("gpu", False, "none", needed=False),
+    ]
+    console = pipe()
+    console.print(findings_table(findings, console), soft_wrap=True)
+    assert [line.rstrip() for line in raw(console).splitlines()] == [
+        "ok       python   3.11",
+        "missing  storage  " + findings[1].told.rstrip(),
+        "no       gpu      none",
+    ]
+    screen = terminal()
+    screen.print(findings_table(findings, screen))
+    assert re.search(r"✓ ok +python +3\.11", shown(screen))
+    assert re.search(r"✗ missing +storage +must be \[one\]", shown(screen))

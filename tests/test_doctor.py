@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import socket
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -45,7 +48,13 @@ def test_a_gpu_is_named_and_none_is_no_fault(url: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
-    assert finding("gpu", url) == Finding("gpu", True, "GPU 0, GPU 1", needed=False)
+    properties = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    environment = SimpleNamespace(driver="570.86")
+    monkeypatch.setattr(pipelines, "detect_environment", lambda device: environment)
+    assert finding("gpu", url) == Finding(
+        "gpu", True, "GPU 0, 80 GiB; GPU 1, 80 GiB; driver 570.86", needed=False
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     none = finding("gpu", url)
@@ -158,3 +167,140 @@ def test_a_machine_without_compilers_is_told_what_to_install(
     none = finding("compiler", url)
     assert (none.ok, none.needed) == (False, False)
     assert "Install a C" in none.told
+
+
+def test_a_library_outside_of_its_range_is_told_with_the_one_to_install(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(name: str) -> str:
+        return {"optuna": "4.9.0", "tomesd": "9.9", "rich": "1.0"}.get(name) or version(name)
+
+    monkeypatch.setattr(doctor, "version", other)
+    found = {one.what: one for one in examine(url)}
+    assert not found["optuna"].ok
+    assert "4.9.0 is outside of the tested range; pip install 'optuna<6,>=5.0'" in (
+        found["optuna"].told
+    )
+    assert "tomesd 9.9 is outside" in found["method tome"].told
+    assert "rich: 1.0 is outside" in found["libraries"].told
+    assert all(found[name].needed for name in ("optuna", "method tome", "libraries"))
+
+
+def test_the_room_on_the_disk_is_told(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = finding("disk", f"sqlite:///{tmp_path}/new/x.db")
+    assert found.ok
+    assert re.fullmatch(rf"[\d.]+ GB free in {tmp_path}", found.told)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    full = finding("disk", url)
+    assert (full.ok, full.needed) == (False, True)
+    assert "make room" in full.told
+
+
+def test_the_driver_of_postgresql_is_needed_by_a_postgresql_storage_alone(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert not finding("psycopg", url).needed
+    found = finding("psycopg", "postgresql://user:s3cret@127.0.0.1:1/db")
+    assert (found.ok, found.needed) == (False, True)
+    assert "pip install 'accelsearch[postgres]'" in found.told
+
+
+def test_a_port_that_is_taken_is_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        number = taken.getsockname()[1]
+        monkeypatch.setattr(doctor, "_DASHBOARD_PORT", number)
+        found = finding(f"port {number}", url)
+    assert (found.ok, found.needed) == (False, False)
+    assert "in use" in found.told
+
+
+# A plan and a model
+
+PLAN = """
+model = "{model}"
+scoring_model = "{clip}"
+schedulers = ["DDIMScheduler", "PNDMScheduler"]
+steps = [4]
+methods = [["deepcache"], ["tgate"]]
+budgets = [{{ metric = "clip_score", max_loss = 0.1 }}]
+resolution = 32
+images = 2
+device = "cpu"
+{more}
+"""
+
+
+def looked_at(tmp_path: Path, model: Path, clip: Path, more: str = "") -> dict[str, Finding]:
+    file = tmp_path / "plan.toml"
+    file.write_text(PLAN.format(model=model, clip=clip, more=more))
+    return {one.what: one for one in doctor.examine_plan(file)}
+
+
+def test_a_plan_that_can_be_searched_is_fine(
+    tmp_path: Path, tiny_sd_folder: Path, tiny_clip_folder: Path
+) -> None:
+    found = looked_at(tmp_path, tiny_sd_folder, tiny_clip_folder)
+    assert all(one.ok for one in found.values()), found
+    assert found["plan"].told.endswith("plan.toml: 4 configurations")
+    assert found["prompts"].told == "photo: 2"
+    assert found["model"].told.startswith(f"{tiny_sd_folder}: StableDiffusionPipeline, ")
+    assert {"deepcache fits", "tgate fits", "scoring model", "device"} <= found.keys()
+
+
+def test_a_method_that_cannot_serve_the_plan_is_told_with_the_reason(
+    tmp_path: Path, tiny_sd_folder: Path, tiny_clip_folder: Path
+) -> None:
+    found = looked_at(tmp_path, tiny_sd_folder, tiny_clip_folder, "guidance_scale = 1.0")
+    assert found["deepcache fits"].ok
+    refused = found["tgate fits"]
+    assert (refused.ok, refused.needed) == (False, True)
+    assert "guidance" in refused.told
+    assert refused.told.startswith("not with DDIMScheduler 4 (and 1 more): ")
+
+
+def test_a_plan_that_cannot_be_meant_is_one_finding(tmp_path: Path) -> None:
+    (found,) = doctor.examine_plan(tmp_path / "none.toml")
+    assert (found.what, found.ok, found.needed) == ("plan", False, True)
+
+
+def test_a_model_without_safetensors_or_of_another_kind_is_told(
+    tmp_path: Path, tiny_sd_folder: Path, tiny_sdxl_folder: Path, tiny_clip_folder: Path
+) -> None:
+    wrong = looked_at(tmp_path, tiny_sdxl_folder, tiny_clip_folder)["model"]
+    assert "must be a StableDiffusionPipeline, got a StableDiffusionXLPipeline" in wrong.told
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_sd_folder, bare)
+    for file in (bare / "unet").glob("*.safetensors"):
+        file.unlink()
+    found = looked_at(tmp_path, bare, tiny_clip_folder)
+    assert not found["model"].ok
+    assert "must have its weights in safetensors, but unet has none" in found["model"].told
+    assert found["deepcache fits"].ok  # its architecture is enough
+    (tmp_path / "empty").mkdir()
+    empty = {one.what: one for one in doctor.examine_model(str(tmp_path / "empty"))}
+    assert list(empty) == ["model"]
+    assert "model_index.json" in empty["model"].told
+
+
+def test_a_model_is_told_what_can_accelerate_it(
+    tiny_sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)  # no weights are wanted
+    found = {one.what: one for one in doctor.examine_model(str(tiny_sdxl_folder))}
+    assert found["model"].ok
+    assert {f"{name} fits" for name in METHODS} <= found.keys()
+    assert found["deepcache fits"] == Finding(
+        "deepcache fits", True, "serves this StableDiffusionXLPipeline", needed=False
+    )
+
+
+def test_a_hub_id_is_told_to_be_downloaded_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {one.what: one for one in doctor.examine_model("nobody/nothing-of-this-name")}
+    assert found["model"].ok
+    assert "not on this machine" in found["model"].told
+    assert found["deepcache fits"].told == "serves a usual StableDiffusionPipeline"

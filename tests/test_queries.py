@@ -259,6 +259,26 @@ def test_a_resumed_trial_is_counted_once_and_by_its_last_state() -> None:
         assert given_up in study.current
 
 
+def test_a_setting_whose_worker_was_lost_while_it_resumed_another_is_counted_once() -> None:
+    given_up = trial(0, 2.0, None, Outcome.DOMINATED)
+    for outcome in (Outcome.FAILED, Outcome.INTERRUPTED):
+        lost = replace(
+            trial(1, 2.0, None, outcome), params=given_up.params, measurement=None, lost=True
+        )
+        study = replace(study_of([given_up, lost]), settings=2)
+        assert outcomes(study) == {Outcome.DOMINATED: 1}
+        assert not exhausted(study)
+        # Where nothing else measured it, the loss is what became of it.
+        assert outcomes(study_of([lost])) == {outcome: 1}
+        again = replace(trial(2, 2.0, 0.01), params=given_up.params)
+        assert outcomes(study_of([lost, again])) == {Outcome.FEASIBLE: 1}
+        running = replace(lost, number=3, outcome=Outcome.RUNNING, lost=False)
+        assert outcomes(study_of([given_up, running])) == {
+            Outcome.DOMINATED: 1,
+            Outcome.RUNNING: 1,
+        }
+
+
 def noisy(number: int, low: float, high: float, loss: float) -> StoredTrial:
     """A trial whose interval reaches from the one speedup to the other."""
     pairs = (low, high, (low * high) ** 0.5) * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelsearch.status import ago, as_json, read_status, tables
 from accelsearch.storage import Outcome, create_study, engine, open_storage, record
 from accelsearch.turns import take
 from tests.standin import StandIn
-from tests.stored import configured, new_database
+from tests.stored import add_trial, configured, new_database
 
 
 @pytest.fixture
@@ -75,3 +76,34 @@ def test_workers_are_shown_with_what_they_do(storage: Any) -> None:
 )
 def test_times_are_told_as_people_say_them(seconds: float, told: str) -> None:
     assert ago(seconds) == told
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_plain_terminal_shows_all_of_it_with_no_word_broken(storage: Any, width: int) -> None:
+    methods = ("compile", "deepcache", "tgate")
+    study = create_study(
+        storage,
+        configured(model="stable-diffusion-v1-5/stable-diffusion-v1-5", methods=methods),
+        StandIn.environment(None),
+        optuna.samplers.RandomSampler(),
+    )
+    add_trial(study, 2.0, 0.01, params={"cache_interval": 10, "cache_branch_id": 11})
+    with Worker(engine(storage), device="NVIDIA H200 3", name="host-1234567-3") as worker:
+        worker.at(study._study_id)
+        take(study, StandIn.space, worker, {"cache_interval": 5, "cache_branch_id": 2})
+        console = Console(file=StringIO(), width=width)
+        console.print(tables(read_status(storage)))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert study.study_name in text.splitlines()[1]  # whole, to be copied
+    for whole in (
+        "2.00x [2.00, 2.00]",
+        "cache_interval=10, cache_branch_id=11",
+        "1 feasible, 1 running",
+        "1 worker at it",
+        "host-1234567-3",
+        "cache_interval=5",
+        "cache_branch_id=2 (0 s)",
+    ):
+        assert whole in text

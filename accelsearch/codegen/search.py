@@ -6,11 +6,13 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from string import Formatter
+from typing import IO
 
 from accelsearch.codegen.tasks import Task
 from accelsearch.errors import PlanError, TaskError, nearest, shown
@@ -28,6 +30,7 @@ FIELDS = (
     "steps",
 )
 _STDERR = 2
+_LAST_WORDS_S = 5.0
 _NOTHING_FEASIBLE = 1  # what `accelsearch` exits with
 
 
@@ -93,6 +96,9 @@ class Template:
 class CommandSearch:
     """Runs commands one after the other for a task; what they print goes to stderr.
 
+    With `said`, that is called with each line of their stderr instead, and their stdout is left
+    out: their results are in the files.
+
     Each takes `timeout_s` at most; None is no limit. The commands are to leave what they find in
     `folder`. `variables` are added to their environment: what must not be seen in a list of
     processes, such as a URL with a password, belongs there.
@@ -103,6 +109,7 @@ class CommandSearch:
     plan: Path | None = None
     timeout_s: float | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
+    said: Callable[[str], None] | None = None
 
     def __call__(self, task: Task) -> Searched:
         """Search for this task.
@@ -114,15 +121,7 @@ class CommandSearch:
         for template in self.commands:
             command = template.filled(task, plan=self.plan, folder=self.folder)
             try:
-                # What it prints is for people to watch, and not this program's result.
-                done = subprocess.run(  # noqa: S603
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=_STDERR,
-                    timeout=self.timeout_s,
-                    check=False,
-                    env={**os.environ, **self.variables},
-                )
+                code = self._run(command)
             except subprocess.TimeoutExpired:
                 return Searched.TIMEOUT
             except (OSError, ValueError) as error:
@@ -130,13 +129,52 @@ class CommandSearch:
                 raise TaskError(
                     f"a search command must be one that runs, got {shown(command[0])}: {reason}"
                 ) from None
-            if done.returncode == _NOTHING_FEASIBLE:
+            if code == _NOTHING_FEASIBLE:
                 found = Searched.NOTHING
-            elif done.returncode:
-                raise TaskError(
-                    f"the search failed with exit code {done.returncode}: {shlex.join(command)}"
-                )
+            elif code:
+                raise TaskError(f"the search failed with exit code {code}: {shlex.join(command)}")
         return found
+
+    def _run(self, command: list[str]) -> int:
+        """The exit code of a command; it is ended when its time is up."""
+        environment = {**os.environ, **self.variables}
+        told = self.said
+        with subprocess.Popen(  # noqa: S603
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=_STDERR if told is None else subprocess.DEVNULL,
+            stderr=None if told is None else subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+        ) as process:
+            reader = None
+            if told is not None:
+                reader = threading.Thread(target=_read, args=(process.stderr, told), daemon=True)
+                reader.start()
+            try:
+                code = process.wait(self.timeout_s)
+            except KeyboardInterrupt:
+                # The terminal has told it too: it may give back what it was at.
+                try:
+                    process.wait(_LAST_WORDS_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                raise
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                if reader is not None:
+                    # What it started may hold the pipe open after its end.
+                    reader.join(_LAST_WORDS_S)
+        return code
+
+
+def _read(stream: IO[str], told: Callable[[str], None]) -> None:
+    for line in stream:
+        if line.strip():
+            told(line.rstrip())
 
 
 def default_search() -> tuple[Template, ...]:

@@ -133,3 +133,24 @@ def test_what_a_command_leaves_in_the_files_is_generated(tmp_path: Path) -> None
     assert files.report()[0]["status"] == "generated after search"
     assert files.report()[0]["key"] == str(key(2.5))
     assert not batch.failed
+
+
+def test_what_a_search_says_is_told_line_by_line_and_its_result_is_left_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    script = "import sys; print('a result'); print('one\\n\\ntwo', file=sys.stderr)"
+    command = Template((sys.executable, "-c", script.replace("{", "{{")))
+    search = CommandSearch((command,), tmp_path, said=said.append)
+    assert search(TASK) is Searched.DONE
+    assert said == ["one", "two"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_search_that_says_much_still_ends_in_time(tmp_path: Path) -> None:
+    said: list[str] = []
+    script = "import sys, time; print('x' * 200_000, file=sys.stderr, flush=True); time.sleep(60)"
+    command = Template((sys.executable, "-c", script))
+    search = CommandSearch((command,), tmp_path, timeout_s=3, said=said.append)
+    assert search(TASK) is Searched.TIMEOUT
+    assert len(said[0]) == 200_000
