@@ -282,6 +282,18 @@ def test_links_and_images_lead_to_files_of_the_repository(page: Path) -> None:
             assert (page.parent / path).exists(), link
 
 
+def test_messages_that_are_explained_are_those_of_the_code() -> None:
+    headings = re.findall(
+        r"^\*\*(.+?)\*\*", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE
+    )
+    quoted = [text for heading in headings for text in re.findall(r'"(.{12,}?)"', heading)]
+    assert quoted
+    code = "".join(file.read_text() for file in sorted((ROOT / "accelsearch").rglob("*.py")))
+    spoken = re.sub(r'"\s+f?"', "", code)  # a message may go over several lines
+    for text in quoted:
+        assert text in spoken, text
+
+
 def test_no_page_is_left_out_of_the_site() -> None:
     listed = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == [page.name for page in PAGES[1:]]

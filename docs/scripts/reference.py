@@ -196,29 +196,26 @@ def parameters(name: str) -> str:
             for pipeline in served
         ]
         fixed = " Kept at its default unless a plan's `space` frees it." if one.fixed else ""
-        rows.append(
-            [
-                f"`{one.name}`",
-                one.range,
-                f"`{json.dumps(one.default)}`",
-                *effective,
-                one.meaning + fixed,
-                one.source,
-            ]
-        )
-    columns = ["parameter", "range", "default", "SD 1.5, 50 steps", "SDXL, 50 steps"]
+        default = f"`{json.dumps(one.default)}`"
+        rows.append([f"`{one.name}`", one.range, default, *effective, one.meaning + fixed])
+    effect = (
+        "stay the same, up to rounding" if method.exact else "change, as far as a budget allows"
+    )
     facts = [
-        f"- Serves: {', '.join(f'`{pipeline}`' for pipeline in method.pipelines)}.",
-        f"- Needs: {', '.join(f'`{one}`' for one in method.libraries) or 'nothing but torch'}.",
-        "- Images: " + ("the same, up to rounding." if method.exact else "change; so a budget."),
-        "- First call: "
-        + (
-            "takes long, since it compiles; it is never timed."
-            if method.compiles
-            else "as any other."
-        ),
+        f"- Serves {', '.join(f'`{pipeline}`' for pipeline in method.pipelines)}.",
+        f"- Needs {', '.join(f'`{one}`' for one in method.libraries) or 'nothing but torch'}.",
+        f"- The images {effect}.",
+        *(["- The first call compiles; it is never timed."] if method.compiles else []),
+        f"- Sources: {_sources(method.parameters)}.",
     ]
-    return "\n".join(facts) + "\n\n" + table([*columns, "meaning", "source"], rows)
+    columns = ["parameter", "range", "default", "SD 1.5", "SDXL", "meaning"]
+    return "\n".join(facts) + "\n\n" + table(columns, rows)
+
+
+def _sources(given: Iterable[Parameter]) -> str:
+    """Each source once, in the order of the parameters."""
+    parts = (part for one in given for part in one.source.split("; "))
+    return "; ".join(dict.fromkeys(parts))
 
 
 _known_spaces: dict[str, dict[str, tuple[Parameter, ...]]] = {}
@@ -270,7 +267,7 @@ def _fields(found: dict[str, Any], names: list[str]) -> str:
         ]
         for field, told in ((name, found["properties"][name]) for name in names)
     ]
-    return table(["field", "type", "", "meaning"], rows)
+    return table(["field", "type", "present", "meaning"], rows)
 
 
 def _json_type(told: dict[str, Any]) -> str:
