@@ -455,7 +455,8 @@ def test_pages_load_in_a_browser_without_errors_and_are_found_by_the_search(buil
                 )
                 assert broken == 0
             page.set_viewport_size({"width": 1280, "height": 900})
-            page.fill("input.md-search__input", "cache_interval")
+            page.click("input.md-search__input")
+            page.keyboard.type("cache_interval")
             page.wait_for_selector(".md-search-result__link")
             assert "methods" in " ".join(
                 link.get_attribute("href") or ""
