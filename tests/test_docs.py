@@ -200,7 +200,7 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy(ROOT / name, folder / name)
     plan = folder / "studies" / "shapes-demo.toml"
     text = plan.read_text(encoding="utf-8")
-    for old, new in (("trials = 8", "trials = 4"), ("max_pairs = 30", "max_pairs = 8")):
+    for old, new in (("trials = 8", "trials = 3"), ("max_pairs = 30", "max_pairs = 6")):
         assert text.count(old) == 1
         text = text.replace(old, new)
     plan.write_text(text, encoding="utf-8")
@@ -226,8 +226,11 @@ def test_the_commands_run_from_clone_to_script_in_the_order_in_which_they_are_re
         for name, value in os.environ.items()
         if not name.startswith("ACCELSEARCH_") and name != "PYTHONPATH"
     }
-    commands = sorted(_of("demo"), key=lambda one: (READ_IN_ORDER.index(one.page), one.line))
-    for command in commands:
+    done: set[tuple[str, ...]] = set()
+    for command in sorted(_of("demo"), key=lambda one: (READ_IN_ORDER.index(one.page), one.line)):
+        if command.words in done:  # another page says it too
+            continue
+        done.add(command.words)
         ran = subprocess.run(
             ["bash", "-c", f"source .venv/bin/activate\n{command.text}"],
             cwd=cloned,
