@@ -247,10 +247,14 @@ def test_the_commands_run_from_clone_to_script_in_the_order_in_which_they_are_re
 
 
 def test_commands_in_the_text_exist_with_their_options() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     subs: dict[str, Any] = COMMANDS.commands  # type: ignore[attr-defined]
     found = 0
     for page in PAGES:
+        assert set(re.findall(r"accelsearch\[(\w+)\]", page.read_text())) <= extras.keys()
         for program, name, rest in re.findall(
             r"`(accelsearch|make) ([a-z-]+)([^`]*)`", page.read_text(encoding="utf-8")
         ):

@@ -135,11 +135,11 @@ def _range(field: FieldInfo) -> str:
             listed = ", ".join(f"`{name}`" for name in names)
             told.append(f"{each}one of {listed}" if len(names) <= _FEW else f"{each}a {one.what}")
         elif isinstance(one, Ge):
-            told.append(f">= {one.ge:g}" if float(one.ge) < 1e6 else f">= {one.ge}")
+            told.append(f">= {one.ge}")
         elif isinstance(one, Gt):
-            told.append(f"> {one.gt:g}")
+            told.append(f"> {one.gt}")
         elif isinstance(one, Le):
-            told.append(f"<= {one.le:g}" if float(one.le) < 1e6 else f"<= {one.le}")
+            told.append(f"<= {one.le}")
         elif isinstance(one, MinLen):
             told.append("not empty")
     return ", ".join(dict.fromkeys(told))
