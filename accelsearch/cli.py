@@ -668,6 +668,31 @@ def status(
                 time.sleep(_WATCH_S)
 
 
+@app.command(epilog="Example: accelsearch dashboard --port 8080")
+def dashboard(
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    host: Annotated[
+        str, typer.Option(help="Where to listen; by default only this machine reaches it.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where to listen; 0 takes a free port.")
+    ] = 8080,
+) -> int:
+    """Show studies in a browser, with pictures, notes and figures, also while workers run.
+
+    Ctrl-C stops it. It changes nothing in the database but the notes that you write.
+    """
+    from accelsearch.dashboard import is_loopback, serve
+    from accelsearch.storage import open_storage
+
+    database = open_storage(storage, create=False)
+    if not is_loopback(host):
+        _complain(f"warning: whoever reaches {host} can read this dashboard; it asks no password")
+    serve(database, artifacts, host, port, ready=typer.echo)
+    return 0
+
+
 @app.command(epilog="Example: accelsearch doctor")
 def doctor(storage: Storage = _DEFAULT_STORAGE, as_json: Json = False) -> int:
     """Say what works on this machine, and what to do about the rest."""

@@ -61,6 +61,7 @@ __all__ = [
     "is_ours",
     "is_over",
     "open_storage",
+    "read_both",
     "read_neighbours",
     "read_parts",
     "read_siblings",
@@ -601,6 +602,21 @@ def _readable(
 def read_study(study: optuna.Study) -> StoredStudy:
     """What an open Optuna study holds now."""
     return _study(study.study_name, study.user_attrs, study.get_trials(deepcopy=False))
+
+
+def read_both(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial], StoredStudy]:
+    """A study's trials as Optuna holds them, and the study that holds the same ones in this order.
+
+    Raises:
+        StorageError: accelsearch did not make the study, or this version cannot read it.
+    """
+    name = storage.get_study_name_from_id(study_id)
+    attributes = storage.get_study_user_attrs(study_id)
+    if not {_CONFIGURATION, _ENVIRONMENT} <= attributes.keys():
+        raise StorageError(f"study {name!r} must be made by accelsearch to be read")
+    # After the attributes, which may tell of any trial that is stored by then.
+    trials = storage.get_all_trials(study_id, deepcopy=False)
+    return trials, _study(name, attributes, trials)
 
 
 def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> StoredStudy:

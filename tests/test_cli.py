@@ -38,6 +38,7 @@ COMMANDS = (
     "run",
     "import",
     "status",
+    "dashboard",
     "doctor",
 )
 PLAN = {
