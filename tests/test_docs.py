@@ -120,7 +120,7 @@ def test_a_command_that_cannot_be_run_here_exists_with_all_its_options(command: 
 
 def _parse(text: str) -> None:
     """Check that a command line means something, without running it."""
-    assigned = re.fullmatch(r"export (\w+)=\$\((.+)\)", text)
+    assigned = re.fullmatch(r"export (\w+)=(?:\$\((.+)\)|\S+)", text)
     if assigned:
         variables = {
             variable
@@ -129,7 +129,8 @@ def _parse(text: str) -> None:
             for variable in (option.envvar if isinstance(option.envvar, list) else [option.envvar])
         }
         assert assigned[1] in variables
-        _parse(assigned[2])
+        if assigned[2]:
+            _parse(assigned[2])
         return
     words = shlex.split(text, comments=True)
     variables = {word.split("=")[0] for word in words if re.match(r"[A-Z_]+=", word)}
@@ -150,6 +151,9 @@ def _parse(text: str) -> None:
         services = file.read_text()
         assert "services:" in services
         assert all(f"${{{variable}" in services for variable in variables)
+    elif program == "ssh":
+        (port,) = (one for one in COMMANDS.commands["dashboard"].params if one.name == "port")  # type: ignore[attr-defined]
+        assert f"{port.default}:127.0.0.1:{port.default}" in arguments
     elif program == "python" and arguments[0] == "-m":
         _, module, *given = arguments
         assert importlib.util.find_spec(module) is not None
