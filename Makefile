@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
-  bench-record bench-replay bench-scripts docs docs-serve docs-figures docs-reference postgres \
+  bench-record bench-replay bench-scripts dashboard docs docs-serve docs-figures docs-reference postgres \
   postgres-stop clean
 
 help: ## Show this list
@@ -30,6 +30,9 @@ lint: $(VENV)/installed-dev ## ruff, mypy and import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+dashboard: $(VENV)/installed-dashboard ## Watch the studies of storage/ in a browser
+	$(BIN)/accelsearch dashboard
 
 docs: $(VENV)/installed-docs ## Build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -95,6 +98,10 @@ $(VENV)/installed-postgres: $(VENV)/installed
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,docs]'
+	@touch $@
+
+$(VENV)/installed-dashboard: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dashboard]'
 	@touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed
