@@ -246,7 +246,7 @@ def test_the_commands_run_from_clone_to_script_in_the_order_in_which_they_are_re
         assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr}"
     # What the pages say that these commands leave.
     assert list((cloned / "storage" / "exports").glob("shapes-DDIM-20-deepcache-*.png"))
-    assert (cloned / "circle.png").stat().st_size > 1000
+    assert (cloned / "storage" / "circle.png").stat().st_size > 1000
     assert list((cloned / "storage" / "demo").glob("sd-ddim-20-deepcache-*.py"))
 
 
