@@ -35,6 +35,7 @@ from accelsearch.budget import loss_told, violation
 from accelsearch.configuration import Budget
 from accelsearch.console import settings, speedup, verification_told
 from accelsearch.errors import DashboardError, StorageError
+from accelsearch.figures import search_time, speedup_against_loss
 from accelsearch.measurement import Scores, score_loss
 from accelsearch.queries import fastest_feasible, outcomes, targeted
 from accelsearch.storage import StoredStudy, StoredTrial, Verification, is_ours, read_both
@@ -53,6 +54,7 @@ _NOTE_VERSION, _NOTE_TEXT = "dashboard:note_ver", "dashboard:note_str:"
 _ARTIFACT = "artifacts:"
 _CONSTRAINTS = "constraints"  # the one list that optuna-dashboard reads, as Optuna 4 wrote it
 _LEAST_VIOLATION = 1e-9
+_FIGURE_PX = 450  # the height that optuna-dashboard leaves for one
 _MIB = 2**20
 
 # The study whose page is asked for. optuna-dashboard reads all studies to show one of them, and
@@ -239,7 +241,6 @@ class View(BaseStorage):
         shown = copy.copy(trial)
         if study is not None:
             shown.user_attrs = dict(attributes(study, study.trials[index]))
-            shown.intermediate_values = {}  # the speedup once more, in a plot of one step
         limits = list(trial.constraints.values())
         if study is not None and verification is not None and not verification.verified:
             limits.append(_held_out_violation(study, verification))
@@ -317,7 +318,7 @@ def result(study: StoredStudy) -> dict[str, str]:
     return {
         "fastest within the budget": "none yet"
         if best is None
-        else f"{speedup(best)} with {settings(best.params)}",
+        else f"{speedup(best)}, trial {best.number}",
         "trials": ", ".join(counted) or "none",
     }
 
@@ -388,7 +389,14 @@ def note(study: StoredStudy) -> str:
 
 def figures(study: StoredStudy) -> dict[str, str]:
     """Our figures as JSON of plotly, by names that are fit for HTML."""
-    return {}
+    traded, spent = speedup_against_loss(study), search_time(study)
+    title = {"text": "Speedup against score loss", "x": 0.02, "y": 0.97, "font": {"size": 18}}
+    traded.update_layout(title=title, margin={"t": 100})
+    spent.update_layout(legend={"font": {"size": 11}}, margin={"t": 32, "b": 32})
+    for figure in (traded, spent):
+        # Its ink is for white paper: whether the page is dark, only the browser knows.
+        figure.update_layout(height=_FIGURE_PX, paper_bgcolor="white")
+    return {"speedup-against-loss": traded.to_json(), "search-time": spent.to_json()}
 
 
 def _loss_of(scores: Scores) -> tuple[str, float]:

@@ -298,6 +298,30 @@ def test_a_study_without_trials_has_a_note(study: optuna.Study, ask: Ask) -> Non
     assert ask("/api/studies/1").json["best_trials"] == []
 
 
+def test_our_figures_hold_the_trials_and_the_budget(
+    storage: BaseStorage, artifacts: Path, ask: Ask
+) -> None:
+    study = filled(storage, artifacts)
+    shown = ask("/api/studies/1").json["plotly_graph_objects"]
+    figures = {one["id"]: json.loads(one["graph_object"]) for one in shown}
+    assert sorted(figures) == ["search-time", "speedup-against-loss"]
+    named = {trace.get("name"): trace for trace in figures["speedup-against-loss"]["data"]}
+    assert named["over budget"]["y"] == [4.5]
+    assert named["over budget"]["x"] == pytest.approx([6.0])
+    assert named["best"]["y"] == [2.3]
+    assert "budget 2 %" in json.dumps(figures["speedup-against-loss"]["layout"])
+    assert "over budget (1)" in json.dumps(figures["search-time"]["data"])
+    ended(study, 2.6, 0.01, interval=6)
+    assert '"y": [2.6]' in json.dumps(json.loads(figure_of(ask, "speedup-against-loss"))["data"])
+
+
+def figure_of(ask: Ask, name: str) -> str:
+    shown = ask("/api/studies/1").json["plotly_graph_objects"]
+    (figure,) = [one["graph_object"] for one in shown if one["id"] == name]
+    assert isinstance(figure, str)
+    return figure
+
+
 def test_studies_of_others_are_shown_as_they_are(storage: BaseStorage, ask: Ask) -> None:
     other = optuna.create_study(storage=storage, study_name="theirs")
     other.set_user_attr("mine", "kept")
@@ -307,6 +331,7 @@ def test_studies_of_others_are_shown_as_they_are(storage: BaseStorage, ask: Ask)
     seen = ask("/api/studies/1").json
     assert seen["user_attrs"] == [{"key": "mine", "value": "kept"}]
     assert seen["note"]["body"] == ""
+    assert seen["plotly_graph_objects"] == []
     assert seen["trials"][0]["user_attrs"] == [{"key": "note", "value": "3"}]
     assert seen["best_trials"][0]["number"] == 0
 
@@ -696,9 +721,26 @@ def test_pages_show_what_the_database_holds_while_trials_are_written(
         assert best is not None
         text = pages.open("/dashboard/studies/1", "Best Trial (number=1)")
         assert str(best.speedup) in text
-        assert "2.30x [2.30, 2.30] with cache_interval=3" in text
+        assert "2.30x [2.30, 2.30], trial 1" in text
         assert "clip_score loss of at most 2 %" in text
         assert "NVIDIA H200 (cuda" in text
+
+        assert "budget 2 %" in text
+        assert "Best feasible speedup as the search went on" in text
+        drawn = pages.page.evaluate(
+            "document.getElementById('user-defined-plot:speedup-against-loss').data"
+        )
+        (feasible,) = [trace for trace in drawn if trace.get("name") == "feasible"]
+        kept = [one for one in stored.trials if one.outcome is Outcome.FEASIBLE]
+        assert feasible["y"] == [one.speedup for one in kept]
+        assert feasible["x"] == pytest.approx(
+            [100 * one.loss(stored.configuration.budgets[0]) for one in kept]
+        )
+        plots = pages.page.locator("[id^='user-defined-plot:']")
+        assert plots.count() == 2
+        for box in (plots.nth(0).bounding_box(), plots.nth(1).bounding_box()):
+            inner = pages.page.locator("[id^='user-defined-plot:'] svg.main-svg").first
+            assert inner.bounding_box()["height"] <= box["height"], "nothing hangs over"
 
         pages.open("/dashboard/studies/1/analytics", "Hyperparameter Relationships")
         pages.page.locator(".plotly .scatterlayer path.point").first.wait_for()
