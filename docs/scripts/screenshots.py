@@ -21,6 +21,7 @@ from playwright.sync_api import sync_playwright
 IMAGES = DOCS / "images"
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 SETTLE_MS = 5000  # until plots are drawn
+TO_OUR_FIGURES = {"x": 0, "y": 0, "width": 1440, "height": 1715}
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def dashboard(page: Any, where: list[str]) -> None:
             study = page.eval_on_selector("a[href*='/studies/']", "link => link.href")
             page.goto(study)
             page.wait_for_timeout(SETTLE_MS)
-            page.screenshot(path=IMAGES / "dashboard.png", full_page=True)
+            page.screenshot(path=IMAGES / "dashboard.png", full_page=True, clip=TO_OUR_FIGURES)
         finally:
             server.terminate()
 
