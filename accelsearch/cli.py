@@ -440,6 +440,37 @@ def export(
     return 0 if exported.entries else 1
 
 
+@app.command(epilog="Example: accelsearch report --out report.html")
+def report(
+    study: Annotated[
+        list[str] | None, typer.Argument(metavar="[STUDY]...", help="Studies; all, if none.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="html, md, png or csv, where the file's ending does not say."
+        ),
+    ] = None,
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+) -> int:
+    """Write what was found to one file: bounds, trade-offs, images, and how sure it all is.
+
+    The page needs no network, and follows the reader's light or dark setting.
+    """
+    from accelsearch.report import FORMATS, report_to
+    from accelsearch.storage import database_errors, open_storage
+
+    if kind is not None and kind not in FORMATS:
+        raise PlanError(f"--format must be html, md, png or csv, got {kind!r}")
+    database = open_storage(storage, create=False)
+    with database_errors():
+        report_to(out, database, artifacts=artifacts, names=study, kind=kind)
+    typer.echo(out)
+    return 0
+
+
 @app.command(epilog="Example: accelsearch tasks --ratio 0.8 --ratio 0.9")
 def tasks(
     source: Annotated[

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Bench", "Result", "check_models", "environment_of"]
 
-_PICTURED = 8  # images kept of a trial
 _BESIDE = ("psnr", "ssim")  # recorded whatever the budget: CLIP scores alone are nearly blind
 
 
@@ -50,8 +49,8 @@ class Result:
     """What one setting turned out to be.
 
     `losses` and `violations` are by the metrics of the budgets, empty where too little was scored.
-    `images` are the accelerated images of the first prompts in the order of scoring, uint8
-    [N, 3, H, W]; None where none was scored, or an earlier trial made them.
+    `images` are the accelerated images of the scored prompts in the order of scoring, uint8
+    [N, 3, H, W]; None where none was scored, or an earlier trial made the first of them.
     """
 
     outcome: Outcome
@@ -473,12 +472,12 @@ class _Scoring:
         return judge(self.scores, configuration.budgets, configuration.images)
 
     def pictured(self) -> torch.Tensor | None:
-        """The first images, if this trial has made them."""
+        """All scored images, if this trial has made them from the first on."""
         import torch
 
         if self._first or not self._pictures:
             return None
-        return torch.cat(self._pictures)[:_PICTURED]
+        return torch.cat(self._pictures)
 
     @property
     def _is_decided(self) -> bool:
@@ -493,8 +492,7 @@ class _Scoring:
         batch = bench._baseline_batch(self._next, self._seconds)
         with self._seconds("scores"), _out_of_memory():
             self._collected.add(images, batch)
-        if sum(map(len, self._pictures)) < _PICTURED:
-            self._pictures.append(images)
+        self._pictures.append(images)
         self._next += 1
 
 

@@ -18,7 +18,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from accelsearch import report
+from accelsearch import pictures
 from accelsearch.budget import violation
 from accelsearch.configuration import Configuration, SearchSettings
 from accelsearch.errors import BaselineError, StorageError, TrialError
@@ -611,13 +611,24 @@ class _Trial:
 
     def _keep_picture(self, trial: optuna.Trial, result: Result) -> None:
         assert result.images is not None
-        images = result.images[: report.PICTURED]
+        images, configuration = result.images, self._stored.configuration
         baseline, prompts = self._bench.baseline_images(len(images))
         title = f"{result.measurement.latency.speedup:.2f}x: {result.reason}"
-        picture = report.comparison(baseline, images, prompts, title=title)
+        first = pictures.PICTURED
+        picture = pictures.comparison(
+            baseline[:first], images[:first], prompts[:first], title=title
+        )
+        places = pictures.telling(result.measurement, configuration, len(images))
         artifacts = self._search._artifacts
         try:
-            report.keep_picture(artifacts, trial, picture)
+            pictures.keep_picture(artifacts, trial, picture)
+            pictures.keep_pairs(
+                artifacts,
+                trial,
+                baseline[places],
+                images[places],
+                [configuration.order[place] for place in places],
+            )
         except OSError as error:
             # The measurement took minutes, and is worth keeping without its picture.
             self._progress.warned(f"no picture in {artifacts}: {error.strerror}")

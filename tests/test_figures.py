@@ -12,6 +12,7 @@ import optuna
 import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
+from stored import ENVIRONMENT, add_trial, configured, measured, new_database
 
 from accelsearch import figures
 from accelsearch.configuration import Budget
@@ -25,7 +26,6 @@ from accelsearch.storage import (
     record,
     record_verification,
 )
-from tests.stored import ENVIRONMENT, add_trial, configured, measured, new_database
 
 FIGURES: tuple[Callable[[StoredStudy], Any], ...] = (
     figures.speedup_against_loss,

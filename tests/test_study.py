@@ -16,7 +16,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from accelsearch import objective, report
+from accelsearch import objective, pictures
 from accelsearch import study as module
 from accelsearch.budget import Verdict, loss_told, violation
 from accelsearch.configuration import Budget, LatencySettings, SearchSettings
@@ -436,12 +436,13 @@ def test_a_feasible_trial_alone_leaves_a_picture(lab: Lab) -> None:
         Outcome.DOMINATED,
     ]
     storage = open_storage(lab.url)
-    pictures = [
-        report.kept_picture(lab.artifacts, storage, found.study.name, number) for number in range(3)
+    kept = [
+        pictures.kept_picture(lab.artifacts, storage, found.study.name, number)
+        for number in range(3)
     ]
-    assert pictures[0] is not None
-    assert pictures[0].startswith(b"\x89PNG")
-    assert pictures[1:] == [None, None]
+    assert kept[0] is not None
+    assert kept[0].startswith(b"\x89PNG")
+    assert kept[1:] == [None, None]
 
 
 def test_a_picture_that_cannot_be_kept_costs_no_measurement(
@@ -450,7 +451,7 @@ def test_a_picture_that_cannot_be_kept_costs_no_measurement(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "keep_picture", full)
+    monkeypatch.setattr(pictures, "keep_picture", full)
     events = Events()
     found = lab.search(Stand(), events, trials=1)
     assert found.best is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,19 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
 from PIL import Image
-from stored import ENVIRONMENT, configured, new_database
+from stored import ENVIRONMENT, configured, measured, new_database
 
-from accelsearch.report import PICTURED, comparison, keep_picture, kept_picture
+from accelsearch.measurement import Scores
+from accelsearch.pictures import (
+    AMPLIFIED,
+    PICTURED,
+    comparison,
+    keep_pairs,
+    keep_picture,
+    kept_pairs,
+    kept_picture,
+    telling,
+)
 from accelsearch.storage import create_study, open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
@@ -226,3 +238,70 @@ def test_other_artifacts_of_a_trial_are_not_taken_for_its_picture(
     png = kept_picture(tmp_path, database, study.study_name, 0)
     assert png is not None
     assert png.startswith(b"\x89PNG")
+
+
+# Kept images
+
+
+def images_of(*shades: int, side: int = 16) -> torch.Tensor:
+    """One image of each shade of grey, with one red pixel, uint8 [N, 3, side, side]."""
+    found = torch.stack([torch.full((3, side, side), shade) for shade in shades]).byte()
+    found[:, :, 0, 0] = torch.tensor([250, 0, 0], dtype=torch.uint8)
+    return found
+
+
+def pixels_of(webp: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(webp)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_kept_images_come_back_bit_by_bit_with_their_difference(
+    study: optuna.Study, database: BaseStorage, tmp_path: Path
+) -> None:
+    trial = study.ask()
+    baseline, accelerated = images_of(10, 20), images_of(13, 120)
+    keep_pairs(tmp_path / "a", trial, baseline, accelerated, [7, 3])
+    first, second = kept_pairs(tmp_path / "a", database, study.study_name, 0)
+    assert (first.prompt, second.prompt) == (7, 3)
+    assert (pixels_of(first.baseline) == baseline[0].permute(1, 2, 0).numpy()).all()
+    assert (pixels_of(second.accelerated) == accelerated[1].permute(1, 2, 0).numpy()).all()
+    shades = pixels_of(first.difference)
+    assert shades[0, 0].tolist() == [0, 0, 0]  # the same in both
+    assert shades[5, 5].tolist() == [3 * AMPLIFIED] * 3
+    assert pixels_of(second.difference)[5, 5].tolist() == [255] * 3  # and no more
+
+
+def test_large_images_are_reduced(
+    study: optuna.Study, database: BaseStorage, tmp_path: Path
+) -> None:
+    large = images_of(10, side=1024)
+    keep_pairs(tmp_path, study.ask(), large, large, [0])
+    (kept,) = kept_pairs(tmp_path, database, study.study_name, 0)
+    assert pixels_of(kept.baseline).shape == (768, 768, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no archive", b"x" * 100], ids=["empty", "cut", "x"])
+def test_an_archive_that_cannot_be_read_holds_no_images(
+    study: optuna.Study, database: BaseStorage, tmp_path: Path, content: bytes
+) -> None:
+    folder = tmp_path / "artifacts"
+    keep_pairs(folder, study.ask(), images_of(1), images_of(2), [0])
+    (file,) = folder.iterdir()
+    file.write_bytes(content)
+    assert kept_pairs(folder, database, study.study_name, 0) == ()
+    assert kept_pairs(tmp_path / "elsewhere", database, study.study_name, 0) == ()
+
+
+def test_the_worst_prompts_are_kept_first_and_a_fair_sample_of_the_rest() -> None:
+    images = 20
+    configuration = configured(prompts=tuple(f"prompt {number}" for number in range(images)))
+    losses = [0.001] * images
+    losses[17], losses[4] = 0.5, 0.3
+    scores = Scores("clip_score", (1.0,) * images, tuple(1 - loss for loss in losses))
+    found = telling(replace(measured(), scores=(scores,)), configuration, images)
+    assert found[:2] == [17, 4]
+    assert len(found) == len(set(found)) == 12
+    # Of the others, those that come first in the random order.
+    rest = [place for place in range(images) if place not in found[:8]]
+    assert found[8:] == rest[:4]
+    assert telling(replace(measured(), scores=(scores,)), configuration, 3) == [0, 1, 2]
