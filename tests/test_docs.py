@@ -74,7 +74,17 @@ ON_THE_DEMO = {
     ("source", "activate"),
     *(
         ("accelsearch", name)
-        for name in ("bounds", "target", "measure", "export", "tasks", "codegen", "run", "status")
+        for name in (
+            "bounds",
+            "target",
+            "measure",
+            "export",
+            "report",
+            "tasks",
+            "codegen",
+            "run",
+            "status",
+        )
     ),
 }
 """Commands that are run one after the other in a folder of their own."""
