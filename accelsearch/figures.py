@@ -152,7 +152,7 @@ def speedup_against_loss(study: StoredStudy) -> go.Figure:
     strip = len(scored) < len(timed)
     figure = make_subplots(
         cols=2 if strip else 1,
-        column_widths=[0.9, 0.1] if strip else None,
+        column_widths=[0.87, 0.13] if strip else None,
         shared_yaxes=True,
         horizontal_spacing=0.03,
     )
@@ -249,7 +249,7 @@ def search_time(study: StoredStudy) -> go.Figure:
         rows=2,
         row_heights=[0.55, 0.45],
         vertical_spacing=0.2,
-        subplot_titles=("Best feasible speedup as the search went on", "Time by how trials ended"),
+        subplot_titles=("Best feasible speedup so far", "Time by how trials ended"),
     )
     _running_best(study, figure)
     outcomes = [one for one in Outcome if any(trial.outcome is one for trial, _ in spent)]
@@ -536,7 +536,7 @@ def _running_best(study: StoredStudy, figure: go.Figure) -> None:
                 row=1,
                 col=1,
             )
-    figure.update_xaxes(title_text=f"time since the first trial began ({unit})", row=1, col=1)
+    figure.update_xaxes(title_text=f"time since the start ({unit})", row=1, col=1)
     figure.update_xaxes(rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title_text="speedup (x)", row=1, col=1)
 

@@ -100,7 +100,7 @@ def summary(studies: Sequence[StoredStudy]) -> str:
     trial, study = max(best, key=lambda one: one[0].speedup or 0.0)
     budget = study.configuration.budgets[0]
     loss = trial.loss(budget)
-    told = "" if loss is None else f" for a {loss_told(loss, budget)}"
+    told = "" if loss is None else f" ({loss_told(loss, budget)})"
     among = "" if len(studies) == 1 else f", the fastest of {searched}"
     sure = {None: "not yet verified", True: "verified", False: "not confirmed"}[
         verified(study, trial)
@@ -178,9 +178,9 @@ def fewer_steps_told(study: StoredStudy, found: Sequence[FewerSteps]) -> list[st
     most = floor(study.configuration.steps / best.speedup)
     if best.speedup > 1 and most >= 1 and not any(one.steps <= most for one in found):
         told.append(
-            f"As fast as the bound with {most} steps or fewer (an estimate from the latency of a "
-            f"step; nobody measured the loss). To measure it, add {most} to the plan's steps and "
-            "run accelsearch bounds again"
+            f"The bound's speed without acceleration would take {most} steps or fewer (estimated "
+            "from the latency of a step; the loss was not measured): to measure it, add "
+            f"{most} to the plan's steps and run accelsearch bounds PLAN"
         )
     return told
 
@@ -294,12 +294,12 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
     latency = measurement.latency
     interval = latency.interval()
     pairs = f"{len(latency.baseline_s)} pairs of calls"
-    speed = (
-        f"{latency.speedup:.2f}x from {pairs}: too few for an interval"
+    around = (
+        "too few for an interval"
         if interval is None
-        else f"{latency.speedup:.2f}x, 95 % interval {interval[0]:.2f} to {interval[1]:.2f}, {pairs}"
+        else f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"
     )
-    told = [("Speedup", speed)]
+    told = [("Speedup", f"{latency.speedup:.2f}x from {pairs}, {around}")]
     judgement = trial.judgement(configuration)
     for budget in configuration.budgets:
         loss = trial.loss(budget)
