@@ -330,7 +330,7 @@ def facts(study: StoredStudy) -> dict[str, str]:
         where.device_type,
         where.driver and f"driver {where.driver}",
         where.cuda and f"CUDA {where.cuda}",
-        f"{where.threads} threads" if where.threads else None,
+        f"{where.threads} thread{'s' * (where.threads > 1)}" if where.threads else None,
     )
     libraries = {"Python": where.python, **where.versions}
     count = "" if study.settings is None else f" of {study.settings} settings"
