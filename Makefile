@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
-  bench-record bench-replay bench-scripts dashboard docs docs-serve docs-figures docs-reference postgres \
-  postgres-stop clean
+  bench-record bench-replay bench-report bench-scripts dashboard docs docs-serve docs-figures \
+  docs-reference postgres postgres-stop clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-scripts: $(VENV)/installed ## Generate the demo's scripts, and run each be
 	$(BIN)/accelsearch run studies/shapes-demo.toml --out storage/demo
 	$(BIN)/python benchmarks/generated.py storage/demo
 
+bench-report: $(VENV)/installed ## Make the report of 500 trials: its seconds and its size
+	$(BIN)/python benchmarks/report.py
+
 bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: about 10 minutes on one core
 	$(BIN)/python benchmarks/replay.py --out docs/images/replay.svg
 
@@ -97,7 +100,7 @@ $(VENV)/installed-postgres: $(VENV)/installed
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,docs,notebook]'
 	@touch $@
 
 $(VENV)/installed-dashboard: $(VENV)/installed

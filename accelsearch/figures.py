@@ -363,9 +363,14 @@ def parameter_effects(study: StoredStudy) -> go.Figure:
     return _finished(figure, 460)
 
 
-def parameter_importances(study: StoredStudy) -> go.Figure:
-    """How much each parameter decides about the speedup, and about the first budget's loss."""
-    found = importances(study)
+def parameter_importances(
+    study: StoredStudy, found: dict[str, dict[str, float]] | str | None = None
+) -> go.Figure:
+    """How much each parameter decides about the speedup, and about the first budget's loss.
+
+    `found` is what `importances` says of the study, where that is known already.
+    """
+    found = importances(study) if found is None else found
     if isinstance(found, str):
         return _nothing(found)
     names = list(next(iter(found.values())))[::-1]
@@ -464,7 +469,7 @@ def _shares(
     with warnings.catch_warnings():
         # That all values are alike is told by the importances: they are zero.
         warnings.filterwarnings("ignore", message="Target and region quantiles")
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
+        found = evaluator.evaluate(study)
     total = sum(found.values())
     if total <= 0:
         return None

@@ -319,8 +319,8 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 "Budget",
                 f"kept, at {1 - ALPHA:.0%} confidence for prompts of this kind"
                 if judgement.proven
-                else "kept in the mean over these prompts, but so narrowly that as many others "
-                "could say the opposite",
+                else "kept in the mean over these prompts, which are too few, or it is too close, "
+                "to promise it for others of their kind",
             )
         )
     verification = study.verifications.get(trial.number)
@@ -477,7 +477,7 @@ def _prompt_loss_told(metric: str, value: float) -> str:
         return f"PSNR {value:.1f} dB"
     if metric == "ssim":
         return f"SSIM {1 - value:.3f}"
-    return f"{metric} {-100 * value:+.1f} %"
+    return f"{metric} loss {100 * value:.1f} %"
 
 
 def _plan_fields(configuration: Configuration, held_out: int) -> Iterator[tuple[str, Any]]:

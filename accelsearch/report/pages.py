@@ -44,15 +44,22 @@ def html_page(
 
     `pairs_of` gives the images that a trial has kept.
     """
-    drawn = {
-        f"s{index}-{name}": _plain(make(study))
-        for index, study in enumerate(studies)
-        for name, make in (
-            ("speedup", figures.speedup_against_loss),
-            ("effects", figures.parameter_effects),
-            ("importances", figures.parameter_importances),
-            ("time", figures.search_time),
-        )
+    told = _told(studies, stored)
+    made: dict[str, Any] = {}
+    for study, section in zip(studies, told["sections"], strict=True):
+        made |= {
+            f"{section['id']}-speedup": figures.speedup_against_loss(study),
+            f"{section['id']}-effects": figures.parameter_effects(study),
+            f"{section['id']}-importances": figures.parameter_importances(
+                study, section["weighed"]
+            ),
+            f"{section['id']}-time": figures.search_time(study),
+        }
+    drawn = {name: _plain(figure) for name, figure in made.items() if figure.data}
+    notes = {
+        name: Markup(figure.layout.annotations[0].text)  # noqa: S704  escaped for plotly
+        for name, figure in made.items()
+        if not figure.data
     }
     charts = {
         "figures": drawn,
@@ -60,7 +67,6 @@ def html_page(
         "dark": figures.DARK.to_plotly_json(),
     }
     plotly_js, js = plotly.offline.get_plotlyjs(), _resource("report.js")
-    told = _told(studies, stored)
     left = LARGEST_BYTES - len(plotly_js) - len(json.dumps(charts)) - 20_000
     left -= sum(len(str(one)) for one in told["sections"])
     for index, (section, study) in enumerate(zip(told["sections"], studies, strict=True)):
@@ -74,6 +80,7 @@ def html_page(
         .render(
             **told,
             figures=charts,
+            notes=notes,
             css=Markup(_resource("report.css")),  # noqa: S704  ours
             plotly=Markup(plotly_js),  # noqa: S704  plotly's own
             js=Markup(js),  # noqa: S704  ours
@@ -153,6 +160,7 @@ def _section(index: int, study: StoredStudy, everything: Sequence[StoredStudy]) 
         "bound": None if best is None else _bound(study, best),
         "fewer": findings.fewer_steps_told(study, fewer),
         "effects": findings.method_effects(study),
+        "weighed": importances,
         "few": importances if isinstance(importances, str) else None,
         "importances": []
         if isinstance(importances, str)

@@ -15,7 +15,10 @@ __all__ = ["csv_table"]
 
 def csv_table(studies: Sequence[StoredStudy]) -> str:
     """Speedups, losses by metric and params of every trial; what was not measured is empty."""
-    rows = [_row(study, trial) for study in studies for trial in study.current]
+    rows = []
+    for study in studies:
+        best = fastest_feasible(study)
+        rows += [_row(study, trial, trial is best) for trial in study.current]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     # The params after what all trials have.
     columns.sort(key=lambda name: name.startswith("param:"))
@@ -26,10 +29,9 @@ def csv_table(studies: Sequence[StoredStudy]) -> str:
     return file.getvalue()
 
 
-def _row(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
+def _row(study: StoredStudy, trial: StoredTrial, is_best: bool) -> dict[str, Any]:
     configuration, measurement = study.configuration, trial.measurement
     interval = None if measurement is None else measurement.latency.interval()
-    best = fastest_feasible(study)
     verification = study.verifications.get(trial.number)
     row: dict[str, Any] = {
         "study": study.name,
@@ -42,7 +44,7 @@ def _row(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
         "trial": trial.number,
         "outcome": trial.outcome.value,
         "reason": trial.reason,
-        "best": best is not None and best.number == trial.number,
+        "best": is_best,
         "verified": "" if verification is None else verification.verified,
         "speedup": trial.speedup,
         "speedup_low": None if interval is None else interval[0],
