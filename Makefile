@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
-  bench-record bench-replay bench-report bench-scripts bench-overhead postgres postgres-stop clean
+  bench-record bench-replay bench-report bench-scripts bench-overhead dashboard docs docs-serve \
+  docs-figures docs-reference postgres postgres-stop clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,21 @@ lint: $(VENV)/installed-dev ## ruff, mypy and import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+dashboard: $(VENV)/installed-dashboard ## Watch the studies of storage/ in a browser
+	$(BIN)/accelsearch dashboard
+
+docs: $(VENV)/installed-docs ## Build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/installed-docs ## Show it in a browser while it is written: http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+docs-reference: $(VENV)/installed ## Write the reference tables of docs/ anew from the code
+	$(BIN)/python docs/scripts/reference.py
+
+docs-figures: $(VENV)/installed-docs ## Draw the figures of docs/statistics.md anew
+	$(BIN)/python docs/scripts/figures.py
 
 bench: $(VENV)/installed ## Measure this project itself: the A/A control
 	$(BIN)/python benchmarks/control.py
@@ -70,7 +86,7 @@ bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: 
 	$(BIN)/python benchmarks/replay.py --out docs/images/replay.svg
 
 clean: ## Remove the virtual environment and all caches, but no results
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -90,5 +106,13 @@ $(VENV)/installed-postgres: $(VENV)/installed
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,notebook]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,docs,notebook]'
+	@touch $@
+
+$(VENV)/installed-dashboard: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dashboard]'
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@

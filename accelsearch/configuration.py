@@ -140,14 +140,22 @@ def _invalid(text: str) -> PydanticCustomError:
     return PydanticCustomError("accelsearch", "{text}", {"text": text})
 
 
-def _known(what: str, valid: Callable[[], Iterable[str]]) -> AfterValidator:
-    def check(name: str) -> str:
-        names = frozenset(valid())
+@dataclass(frozen=True)
+class Known:
+    """The check that a name is one of the `valid` ones, of which `what` says what they are."""
+
+    what: str
+    valid: Callable[[], Iterable[str]]
+
+    def __call__(self, name: str) -> str:
+        names = frozenset(self.valid())
         if name not in names:
-            raise _invalid(f"must be a known {what}, got {name!r}{nearest(name, names)}")
+            raise _invalid(f"must be a known {self.what}, got {name!r}{nearest(name, names)}")
         return name
 
-    return AfterValidator(check)
+
+def _known(what: str, valid: Callable[[], Iterable[str]]) -> AfterValidator:
+    return AfterValidator(Known(what, valid))
 
 
 def _methods() -> Mapping[str, AccelerationMethod]:
@@ -239,19 +247,32 @@ class _Frozen(BaseModel):
 class Budget(_Frozen):
     """How much of one metric may be lost; `measurement.score_losses` defines the losses.
 
-    clip_score: `max_loss` is a share, 0.02 is 2 % of the baseline's mean score.
-    ssim: `max_loss` is 1 - the mean SSIM.
-    psnr: `floor_db` is the least mean PSNR, in dB; the loss is what is missing to it, and
-    `max_loss` is 0.
-    `bound`: how much one prompt is assumed to lose at most, in the unit of the loss, and for
-    clip_score and psnr to gain at most. The smaller, the fewer prompts decide. It is checked, and
-    a prompt beyond it costs scoring all of them. None: as `budget.decide` says.
+    Without a `bound` the losses of one prompt are assumed to lie where `budget.decide` says.
     """
 
-    metric: Annotated[str, _known("metric", lambda: METRICS)]
-    max_loss: float = Field(default=0.0, ge=0)
-    floor_db: float | None = Field(default=None, gt=0, le=100)
-    bound: float | None = Field(default=None, gt=0)
+    metric: Annotated[str, _known("metric", lambda: METRICS)] = Field(
+        description="What is scored: clip_score (does the image fit its prompt), ssim or psnr "
+        "(is it still the baseline's image)."
+    )
+    max_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="The loss must stay below it. clip_score: a share, 0.02 is 2 % of the "
+        "baseline's mean score. ssim: 1 - the mean SSIM. Needed for these two, and not for psnr.",
+    )
+    floor_db: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="For psnr, and needed there: the least mean PSNR in dB.",
+    )
+    bound: float | None = Field(
+        default=None,
+        gt=0,
+        description="How much one prompt is assumed to lose at most, in the unit of the loss, and "
+        "for clip_score and psnr to gain at most; more than max_loss. The smaller, the fewer "
+        "prompts decide. It is checked, and a prompt beyond it costs scoring all of them.",
+    )
 
     @model_validator(mode="after")
     def _limit(self) -> Budget:
@@ -275,13 +296,29 @@ class Budget(_Frozen):
 class SearchSettings(_Frozen):
     """How long and by which sampler one configuration is searched."""
 
-    trials: int = Field(default=30, ge=1)
-    timeout_s: float | None = Field(default=None, gt=0)  # None: no limit
-    sampler: Annotated[str, _known("sampler", lambda: SAMPLERS)] = "guided"
-    seed: _Seed = 0
-    # Of a setting whose worker was killed or hung; then it is failed.
-    max_retries: int = Field(default=2, ge=0)
-    trial_timeout_s: float | None = Field(default=None, gt=0)  # None: no limit
+    trials: int = Field(default=30, ge=1, description="The most trials of a configuration.")
+    timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="The most seconds that one command searches a configuration.",
+    )
+    sampler: Annotated[str, _known("sampler", lambda: SAMPLERS)] = Field(
+        default="guided",
+        description="Who chooses the next setting: the model-based guide, Optuna's TPE or Gaussian "
+        "processes, chance, or a walk through all of them.",
+    )
+    seed: _Seed = Field(default=0, description="Of the sampler's own chance.")
+    max_retries: int = Field(
+        default=2,
+        ge=0,
+        description="How often a setting is measured anew whose worker was killed or hung; then it "
+        "is failed.",
+    )
+    trial_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="The most seconds of one trial, after which its worker is ended.",
+    )
 
 
 class LatencySettings(_Frozen):
@@ -291,10 +328,22 @@ class LatencySettings(_Frozen):
     speedup, which takes 6 pairs at least, or after `max_pairs`.
     """
 
-    min_pairs: int = Field(default=6, ge=1)
-    max_pairs: int = Field(default=40, ge=1)
-    precision: float = Field(default=0.03, gt=0)
-    warmup: int = Field(default=1, ge=0)  # full untimed calls of each of the two
+    min_pairs: int = Field(
+        default=6,
+        ge=1,
+        description="The fewest pairs of one baseline and one accelerated call. A 95 % interval "
+        "takes 6.",
+    )
+    max_pairs: int = Field(default=40, ge=1, description="The most pairs; at least min_pairs.")
+    precision: float = Field(
+        default=0.03,
+        gt=0,
+        description="Timing stops once half of the 95 % interval is at most this share of the "
+        "speedup.",
+    )
+    warmup: int = Field(
+        default=1, ge=0, description="Full calls of each of the two that are not timed."
+    )
 
     @model_validator(mode="after")
     def _order(self) -> LatencySettings:
@@ -309,21 +358,59 @@ class LatencySettings(_Frozen):
 class _Common(_Frozen):
     """What a plan and each of its configurations have in common."""
 
-    model: _Name  # "shapes", a folder or a hub id
-    revision: _Name | None = None  # of a hub id
-    variant: _Name | None = None
-    pipeline: _Pipeline = "StableDiffusionPipeline"
-    budgets: tuple[Budget, ...] = Field(min_length=1)
-    batch_size: int = Field(default=1, ge=1)
-    guidance_scale: float = Field(default=7.5, ge=0)
-    negative_prompt: str = ""
-    dtype: Annotated[str, _known("dtype", lambda: DTYPES)] = "float32"
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    seed: _Seed = 0
-    scoring_model: _Name = "openai/clip-vit-large-patch14"  # the CLIP of clip_score
-    search: SearchSettings = Field(default_factory=SearchSettings)
-    latency: LatencySettings = Field(default_factory=LatencySettings)
-    space: _Space = Field(default_factory=dict)
+    model: _Name = Field(
+        description='A hub id, a folder in the layout of diffusers, or "shapes", the bundled '
+        "model. Weights are safetensors."
+    )
+    revision: _Name | None = Field(
+        default=None, description="Of a hub id: the branch, tag or commit."
+    )
+    variant: _Name | None = Field(
+        default=None, description='Of the weights\' files, such as "fp16".'
+    )
+    pipeline: _Pipeline = Field(
+        default="StableDiffusionPipeline", description="The pipeline to load the model as."
+    )
+    budgets: tuple[Budget, ...] = Field(
+        min_length=1,
+        description="What may be lost, a table each, of each metric once. All of them must be "
+        "kept; the first one stands in the keys of the JSON files.",
+    )
+    batch_size: int = Field(
+        default=1,
+        ge=1,
+        description="Images a call. Speedups differ with it: take the batch that you serve.",
+    )
+    guidance_scale: float = Field(
+        default=7.5, ge=0, description="Of classifier-free guidance; up to 1 turns it off."
+    )
+    negative_prompt: str = Field(default="", description="Of every call.")
+    dtype: Annotated[str, _known("dtype", lambda: DTYPES)] = Field(
+        default="float32", description="Of weights and computation. GPUs want float16 or bfloat16."
+    )
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        default="auto",
+        description="auto (CUDA where there is a GPU, else the CPU), cpu, cuda or cuda:N.",
+    )
+    seed: _Seed = Field(
+        default=0,
+        description="Of the first image; each further one counts up. It also draws the order in "
+        "which prompts are scored.",
+    )
+    scoring_model: _Name = Field(
+        default="openai/clip-vit-large-patch14",
+        description="The CLIP model of clip_score: a hub id, a folder or shapes.",
+    )
+    search: SearchSettings = Field(
+        default_factory=SearchSettings, description="How long, and by which sampler; see below."
+    )
+    latency: LatencySettings = Field(
+        default_factory=LatencySettings, description="How often a setting is timed; see below."
+    )
+    space: _Space = Field(
+        default_factory=dict,
+        description="Parameters of the methods that are searched on fewer values; see below.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> _Common:
@@ -448,14 +535,37 @@ class Plan(_Common):
     """
 
     schedulers: Annotated[tuple[_Scheduler, ...], _Distinct] = Field(
-        default=("DDIMScheduler",), min_length=1
+        default=("DDIMScheduler",),
+        min_length=1,
+        description="Each makes configurations of its own.",
     )
-    steps: Annotated[tuple[_Steps, ...], _Distinct] = Field(default=(20,), min_length=1)
-    methods: Annotated[tuple[_MethodSet, ...], _Distinct] = Field(min_length=1)
-    prompts: _Name = "photo"  # a built-in list or a text file
-    images: int = Field(default=24, ge=1)  # the first prompts of the list are those of the search
-    held_out_images: int = Field(default=0, ge=0)  # the next ones verify its result; 0: it is not
-    resolution: Annotated[tuple[int, int], BeforeValidator(_resolution)] = (512, 512)
+    steps: Annotated[tuple[_Steps, ...], _Distinct] = Field(
+        default=(20,), min_length=1, description="Denoising steps; each is searched by itself."
+    )
+    methods: Annotated[tuple[_MethodSet, ...], _Distinct] = Field(
+        min_length=1,
+        description='Sets of methods, as [["deepcache"], ["deepcache", "tgate"]]; each is searched '
+        "by itself.",
+    )
+    prompts: _Name = Field(
+        default="photo",
+        description="A built-in list (photo, shapes) or a UTF-8 text file, one prompt a line.",
+    )
+    images: int = Field(
+        default=24,
+        ge=1,
+        description="The first so many prompts are those of the search, one image each; at least "
+        "batch_size.",
+    )
+    held_out_images: int = Field(
+        default=0,
+        ge=0,
+        description="The next so many prompts verify its result; with 0 it is not verified.",
+    )
+    resolution: Annotated[tuple[int, int], BeforeValidator(_resolution)] = Field(
+        default=(512, 512),
+        description="Pixels, multiples of 8: one side of a square, or [height, width].",
+    )
 
     @model_validator(mode="before")
     @classmethod
