@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
-  bench-record bench-replay bench-scripts postgres postgres-stop clean
+  bench-record bench-replay bench-report bench-scripts bench-overhead postgres postgres-stop clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,11 +18,14 @@ demo: $(VENV)/installed ## Search the bundled model for its upper bound: about 3
 	$(BIN)/accelsearch bounds studies/shapes-demo.toml
 	$(BIN)/accelsearch export studies/shapes-demo.toml --out storage/exports
 
+# A file's tests run in one process, and one thread each: two of torch on one core slow each other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/installed-dev ## Run the tests: no network, no GPU
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not gpu"
 
 test-slow: $(VENV)/installed-dev ## Run the slow tests
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(TESTS) -m "slow and not gpu"
 
 lint: $(VENV)/installed-dev ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
@@ -35,6 +38,9 @@ bench: $(VENV)/installed ## Measure this project itself: the A/A control
 
 bench-scaling: $(VENV)/installed-dev ## Measure up to 64 workers on one PostgreSQL
 	$(BIN)/python benchmarks/scaling.py
+
+bench-overhead: $(VENV)/installed ## Measure what a search of the bundled model costs beside its measurements
+	$(BIN)/python benchmarks/overhead.py
 
 bench-sequential: $(VENV)/installed ## Simulate the test of the budgets: its error rates, and the prompts it takes
 	$(BIN)/python benchmarks/sequential.py
@@ -56,6 +62,9 @@ bench-record: $(VENV)/installed ## Record the tables that searches are replayed 
 bench-scripts: $(VENV)/installed ## Generate the demo's scripts, and run each beside what was measured
 	$(BIN)/accelsearch run studies/shapes-demo.toml --out storage/demo
 	$(BIN)/python benchmarks/generated.py storage/demo
+
+bench-report: $(VENV)/installed ## Make the report of 500 trials: its seconds and its size
+	$(BIN)/python benchmarks/report.py
 
 bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: about 10 minutes on one core
 	$(BIN)/python benchmarks/replay.py --out docs/images/replay.svg
@@ -81,5 +90,5 @@ $(VENV)/installed-postgres: $(VENV)/installed
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dashboard,notebook]'
 	@touch $@

@@ -556,6 +556,42 @@ def export(
     return 0 if exported.entries else 1
 
 
+@app.command(epilog="Example: accelsearch report --out report.html", rich_help_panel=_RESULTS)
+def report(
+    study: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[STUDY]...",
+            help="Studies; all, if none.",
+            autocompletion=completion.studies,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="html, md, png or csv, where the file's ending does not say."
+        ),
+    ] = None,
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+) -> int:
+    """Write what was found to one file: bounds, trade-offs, images, and how sure it all is.
+
+    The page needs no network, and follows the reader's light or dark setting.
+    """
+    from accelsearch.report import FORMATS, report_to
+    from accelsearch.storage import database_errors, open_storage
+
+    if kind is not None and kind not in FORMATS:
+        raise PlanError(f"--format must be html, md, png or csv, got {kind!r}")
+    database = open_storage(storage, create=False)
+    with database_errors():
+        report_to(out, database, artifacts=artifacts, names=study, kind=kind)
+    typer.echo(out)
+    return 0
+
+
 @app.command(epilog="Example: accelsearch tasks --ratio 0.8 --ratio 0.9", rich_help_panel=_CODE)
 def tasks(
     source: Annotated[
@@ -806,6 +842,31 @@ def status(
             while True:
                 live.update(tables(read_status(database)), refresh=True)
                 time.sleep(_WATCH_S)
+
+
+@app.command(epilog="Example: accelsearch dashboard --port 8080", rich_help_panel=_RESULTS)
+def dashboard(
+    storage: Storage = _DEFAULT_STORAGE,
+    artifacts: Artifacts = Path("storage/artifacts"),
+    host: Annotated[
+        str, typer.Option(help="Where to listen; by default only this machine reaches it.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where to listen; 0 takes a free port.")
+    ] = 8080,
+) -> int:
+    """Show studies in a browser, with pictures, notes and figures, also while workers run.
+
+    Ctrl-C stops it. It changes nothing in the database but the notes that you write.
+    """
+    from accelsearch.dashboard import is_loopback, serve
+    from accelsearch.storage import open_storage
+
+    database = open_storage(storage, create=False)
+    if not is_loopback(host):
+        _complain(f"warning: whoever reaches {host} can read this dashboard; it asks no password")
+    serve(database, artifacts, host, port, ready=typer.echo)
+    return 0
 
 
 @app.command(

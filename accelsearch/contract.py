@@ -44,6 +44,7 @@ __all__ = [
     "read_text",
     "within",
     "write",
+    "write_bytes",
     "write_text",
 ]
 
@@ -309,14 +310,23 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         ExportError: the file cannot be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace the file at `path` by these bytes, in one step; its folder is created.
+
+    Raises:
+        ExportError: the file cannot be written.
+    """
     # A link keeps pointing where it pointed: its target is replaced, not the link.
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with partial.open("xb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)

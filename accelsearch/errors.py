@@ -9,6 +9,7 @@ __all__ = [
     "AccelSearchError",
     "BaselineError",
     "ContractError",
+    "DashboardError",
     "ExportError",
     "ModelError",
     "PlanError",
@@ -70,6 +71,10 @@ class ContractError(AccelSearchError):
 
 class ExportError(AccelSearchError):
     """Stored results cannot be exported as asked."""
+
+
+class DashboardError(AccelSearchError):
+    """The dashboard cannot be started here."""
 
 
 class TrialError(AccelSearchError):

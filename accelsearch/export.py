@@ -10,7 +10,7 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
-from accelsearch import contract, report, schema
+from accelsearch import contract, pictures, schema
 from accelsearch.budget import candidate_alpha
 from accelsearch.contract import Key, buffered
 from accelsearch.errors import ExportError
@@ -86,13 +86,13 @@ def export(
         for file, old, keys, new in zip(files, kept, others, (bounds, params), strict=True):
             contract.write(file, {**{key: old[key] for key in old if key not in keys}, **new})
 
-    pictures = []
+    kept_pictures = []
     for study, trial in found:
-        png = report.kept_picture(artifacts, storage, study.name, trial.number)
+        png = pictures.kept_picture(artifacts, storage, study.name, trial.number)
         if png is not None:
-            pictures.append(_write(out / f"{study.name}.png", png))
+            kept_pictures.append(_write(out / f"{study.name}.png", png))
     missing = tuple(name for name, trial in best.items() if trial is None)
-    return Exported(*files, tuple(pictures), len(found), missing)
+    return Exported(*files, tuple(kept_pictures), len(found), missing)
 
 
 def _refuse_collisions(studies: Sequence[StoredStudy]) -> None:

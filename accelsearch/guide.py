@@ -49,7 +49,7 @@ _SLOPES = (0.5, 1.5)
 _DEVIATIONS = (0.15, 0.5)
 _LENGTHS = (0.5, 1.0, 2.0)
 _CONSTANT = 0.3
-_NUGGETS = (0.003, 0.03)  # what no smooth function explains
+_NUGGETS = (0.003, 0.03, 0.3)  # what no smooth function explains: little, or a lot
 
 # Expected before anything is measured: the farther from the identity, the faster, and the more is
 # lost. Of parameters without an identity nothing is known, so less is expected of them, and of a

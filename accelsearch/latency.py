@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
     from accelsearch.configuration import Configuration
 
-__all__ = ["Calls", "Timing", "dominated", "measure_latency"]
+__all__ = ["Calls", "Timing", "contender", "dominated", "measure_latency"]
 
-_HOPEFUL = 3.0  # how many times the noise a single pair must fall short of the speedup to beat
 _FEW = 2  # pairs, without which nothing is given up: one slow call is no reason
+_UNLUCKY = 0.005  # the chance that all pairs of a setting as fast as another tell it is slower
 
 
 class Timing(NamedTuple):
@@ -66,6 +67,7 @@ def measure_latency(
     incumbent: float | None = None,
     noise: float | None = None,
     known: Latency | None = None,
+    pairs: int | None = None,
     calls: Calls | None = None,
     warm: bool = False,
     compiles: bool = False,
@@ -78,10 +80,10 @@ def measure_latency(
     a call; at least once where the acceleration `compiles`, and the baseline not where it is
     `warm`. Then pairs follow, each in an order drawn at random, until half the width of the 95 %
     interval is at most `latency.precision` times the speedup; never fewer than `latency.min_pairs`
-    nor more than `latency.max_pairs`. A setting that is `dominated` by `incumbent`, the speedup to
-    beat, is known well enough too, and so is one that its `calls` rule out. Every sample is kept,
-    and those of an earlier measurement, `known`, count. Timed is the pipeline call alone, from an
-    idle device to an idle device: entering and leaving `accelerate()` is not.
+    nor more than `pairs`, or `latency.max_pairs`. A setting that is `dominated` by `incumbent`, the
+    speedup to beat, is known well enough too, and so is one that its `calls` rule out. Every sample
+    is kept, and those of an earlier measurement, `known`, count. Timed is the pipeline call alone,
+    from an idle device to an idle device: entering and leaving `accelerate()` is not.
 
     `noise` is the standard deviation of one pair's log ratio in this study, `held_bytes` tells
     what the acceleration holds on the GPU while it is not applied, and `clock` gives seconds.
@@ -91,6 +93,7 @@ def measure_latency(
         UnsupportedError: what `accelerate()` raises.
     """
     settings = configuration.latency
+    most = settings.max_pairs if pairs is None else pairs
     calls = calls or _Repeated(configuration)
     device = pipeline.device
     memory = _Memory(pipeline, held_bytes)
@@ -131,11 +134,11 @@ def measure_latency(
             calls.made(index, images, accelerated=accelerated)
         index += 1
         latency = Latency(tuple(baseline_s), tuple(accelerated_s))
-        pairs = len(baseline_s)
+        count = len(baseline_s)
         if (
-            pairs >= settings.max_pairs
+            count >= most
             or dominated(latency, incumbent, noise)
-            or (pairs >= settings.min_pairs and latency.is_precise(settings.precision))
+            or (count >= settings.min_pairs and latency.is_precise(settings.precision))
             or (_comparable(latency, incumbent, noise) and calls.over())
         ):
             return Timing(
@@ -149,16 +152,45 @@ def measure_latency(
 def dominated(latency: Latency, incumbent: float | None, noise: float | None = None) -> bool:
     """Whether the speedup to beat is out of reach, beyond the noise.
 
-    Even the upper end of the 95 % interval falls short of it; where there are too few pairs for an
-    interval, two or more, none of which comes within three times the `noise` of it.
+    Even the upper end of the 95 % interval falls short of it. Where there are too few pairs for an
+    interval, two or more, the best of them falls so far short, for this `noise` of a pair, that a
+    setting which is as fast would have such pairs in one of 200 cases.
     """
     if incumbent is None:
         return False
     interval = latency.interval()
     if interval is not None:
         return interval[1] < incumbent
-    best = math.log(latency.best_pair) + _HOPEFUL * (noise or math.inf)
-    return len(latency.baseline_s) >= _FEW and best < math.log(incumbent)
+    pairs = len(latency.baseline_s)
+    if pairs < _FEW or not noise:
+        return False
+    luck = NormalDist().inv_cdf(_UNLUCKY ** (1 / pairs))  # of the best of so many
+    return math.log(latency.best_pair) < math.log(incumbent) + luck * noise
+
+
+def contender(latencies: Sequence[Latency], precision: float, max_pairs: int) -> int | None:
+    """Which of several settings to time on to learn which is the fastest; None: that is known.
+
+    The fastest so far, until it has `max_pairs` or is known to the `precision`; then, of those for
+    which the same does not hold, the one that may be the fastest of all: the upper end of whose
+    95 % interval is highest, and above what the fastest has.
+
+    Source: Kalyanakrishnan et al., PAC subset selection in stochastic multi-armed bandits, ICML
+    2012 (LUCB).
+    """
+    if not latencies:
+        return None
+    ends = [one.interval() or (0.0, math.inf) for one in latencies]
+    first = max(range(len(latencies)), key=lambda index: latencies[index].speedup)
+    rivals = [
+        index
+        for index, one in enumerate(latencies)
+        if not (one.is_precise(precision) or len(one.baseline_s) >= max_pairs)
+        and (index == first or ends[index][1] > latencies[first].speedup)
+    ]
+    if first in rivals:
+        return first
+    return max(rivals, key=lambda index: ends[index][1], default=None)
 
 
 def _comparable(latency: Latency, incumbent: float | None, noise: float | None) -> bool:

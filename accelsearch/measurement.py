@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 METRICS = ("clip_score", "psnr", "ssim")
+_CONFIDENCE = 0.95
 
 ParamValue = int | float | bool | str
 
@@ -112,7 +113,7 @@ class Latency:
         """
         return float(np.exp(np.median(self._walsh_averages())))
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+    def interval(self, confidence: float = _CONFIDENCE) -> tuple[float, float] | None:
         """The interval around `speedup` that the exact Wilcoxon signed-rank test does not reject.
 
         It supposes that the log ratios are independent and symmetric, not that they are normal.
@@ -122,6 +123,9 @@ class Latency:
         """
         if not 0 < confidence < 1:
             raise ValueError(f"confidence must be between 0 and 1, got {confidence!r}")
+        return self._interval if confidence == _CONFIDENCE else self._interval_of(confidence)
+
+    def _interval_of(self, confidence: float) -> tuple[float, float] | None:
         rank = _signed_rank(len(self.baseline_s), (1 - confidence) / 2)
         if rank == 0:
             return None
@@ -152,6 +156,16 @@ class Latency:
     @property
     def accelerated_median_s(self) -> float:
         return float(np.median(self.accelerated_s))
+
+    @cached_property
+    def log_squares(self) -> float:
+        """The sum of the squares of what the log ratios differ from their mean by."""
+        ratios = np.log(self.baseline_s) - np.log(self.accelerated_s)
+        return float(np.square(ratios - ratios.mean()).sum())
+
+    @cached_property
+    def _interval(self) -> tuple[float, float] | None:
+        return self._interval_of(_CONFIDENCE)
 
     def _walsh_averages(self) -> NDArray[np.float64]:
         """(x_i + x_j) / 2 of the log ratios x for all i <= j: n pairs give n (n + 1) / 2."""
@@ -208,9 +222,8 @@ def pair_noise(latencies: Iterable[Latency]) -> float | None:
 
     squares, freedom = 0.0, 0
     for latency in latencies:
-        ratios = np.log(latency.baseline_s) - np.log(latency.accelerated_s)
-        squares += float(np.square(ratios - ratios.mean()).sum())
-        freedom += len(ratios) - 1
+        squares += latency.log_squares
+        freedom += len(latency.baseline_s) - 1
     if freedom < 5:
         return None
     return math.sqrt(squares / (2 * float(gammaincinv(freedom / 2, 0.1))))  # a chi-squared quantile

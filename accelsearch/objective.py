@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Bench", "Result", "check_models", "environment_of"]
 
-_PICTURED = 8  # images kept of a trial
 _BESIDE = ("psnr", "ssim")  # recorded whatever the budget: CLIP scores alone are nearly blind
 
 
@@ -50,8 +49,8 @@ class Result:
     """What one setting turned out to be.
 
     `losses` and `violations` are by the metrics of the budgets, empty where too little was scored.
-    `images` are the accelerated images of the first prompts in the order of scoring, uint8
-    [N, 3, H, W]; None where none was scored, or an earlier trial made them.
+    `images` are the accelerated images of the scored prompts in the order of scoring, uint8
+    [N, 3, H, W]; None where none was scored, or an earlier trial made the first of them.
     """
 
     outcome: Outcome
@@ -151,6 +150,7 @@ class Bench:
         goal: float | None = None,
         noise: float | None = None,
         known: Measurement | None = None,
+        pairs: int | None = None,
         score: bool = True,
     ) -> Result:
         """Measure one setting: `params` flat, in full.
@@ -159,7 +159,8 @@ class Bench:
         interval), and `goal` a speedup that is asked for: a setting that falls short of one of
         them is not scored any further. `noise` is that of one pair in this study, which tells so
         sooner. `known` is what an earlier trial has measured of this setting: it is gone on with,
-        and nothing of it measured again. With `score` off, only latency is measured.
+        and nothing of it measured again. No more than `pairs` are timed, those of `known` among
+        them; by default `latency.max_pairs`. With `score` off, only latency is measured.
 
         Raises:
             BaselineError: the unaccelerated pipeline makes no usable images.
@@ -168,7 +169,8 @@ class Bench:
         seconds = _Stopwatch()
         beat = max((one for one in (incumbent, goal) if one is not None), default=None)
         scoring = _Scoring(self, params, known.scores if known else (), seconds, score=score)
-        timing = self._timed(params, beat, noise, known, scoring, seconds)
+        most = self.configuration.latency.max_pairs if pairs is None else pairs
+        timing = self._timed(params, beat, noise, known, most, scoring, seconds)
         too_slow = dominated(timing.latency, beat, noise)
         if score and not too_slow:
             scoring.finish()
@@ -216,11 +218,12 @@ class Bench:
         beat: float | None,
         noise: float | None,
         known: Measurement | None,
+        pairs: int,
         scoring: _Scoring,
         seconds: _Stopwatch,
     ) -> Timing:
         """What is known of the latency already, if that is enough, else measured further."""
-        if known is not None and self._known_well_enough(known.latency, beat, noise):
+        if known is not None and self._known_well_enough(known.latency, beat, noise, pairs):
             return Timing(
                 known.latency,
                 known.peak_memory_bytes,
@@ -240,6 +243,7 @@ class Bench:
                 incumbent=beat,
                 noise=noise,
                 known=None if known is None else known.latency,
+                pairs=pairs,
                 calls=scoring,
                 warm=not (is_cold and self.configuration.latency.warmup > 1),
                 compiles=any(method.compiles for method in active),
@@ -249,14 +253,13 @@ class Bench:
         seconds.spent["latency"] -= sum(others.values()) - spent_s
         return timing
 
-    def _known_well_enough(self, latency: Latency, beat: float | None, noise: float | None) -> bool:
-        settings = self.configuration.latency
+    def _known_well_enough(
+        self, latency: Latency, beat: float | None, noise: float | None, pairs: int
+    ) -> bool:
+        settings, count = self.configuration.latency, len(latency.baseline_s)
         return dominated(latency, beat, noise) or (
-            len(latency.baseline_s) >= settings.min_pairs
-            and (
-                latency.is_precise(settings.precision)
-                or len(latency.baseline_s) >= settings.max_pairs
-            )
+            count >= settings.min_pairs
+            and (latency.is_precise(settings.precision) or count >= pairs)
         )
 
     def baseline_images(self, count: int) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -413,7 +416,9 @@ class _Scoring:
         self._score = score
         self._collected: _Collected | None = None
         seen = len(known[0].accelerated) if known else 0
-        self._first = self._next = -(-seen // bench._size)  # the batch to be scored next
+        self._next = -(-seen // bench._size)  # the batch to be scored next
+        # Where nothing is left to score, the calls that are timed make the first images once more.
+        self._first = 0 if self._is_decided else self._next
         # Of the whole batches alone: a smaller one takes less time.
         self._whole = max(bench.configuration.images // bench._size, 1)
         self._made: dict[int, torch.Tensor] = {}  # by batch, not scored yet
@@ -431,6 +436,8 @@ class _Scoring:
         number = self.batch_of(index)
         if accelerated:
             found = pipelines.pixels(images)
+            if number < self._next and number == len(self._pictures):
+                self._pictures.append(found)
             # The calls go on from the first batch to the last whole one; what follows is known.
             if number >= self._next and self._first + index < self._whole:
                 self._made[number] = found
@@ -473,12 +480,12 @@ class _Scoring:
         return judge(self.scores, configuration.budgets, configuration.images)
 
     def pictured(self) -> torch.Tensor | None:
-        """The first images, if this trial has made them."""
+        """All scored images, if this trial has made them from the first on."""
         import torch
 
         if self._first or not self._pictures:
             return None
-        return torch.cat(self._pictures)[:_PICTURED]
+        return torch.cat(self._pictures)
 
     @property
     def _is_decided(self) -> bool:
@@ -493,8 +500,7 @@ class _Scoring:
         batch = bench._baseline_batch(self._next, self._seconds)
         with self._seconds("scores"), _out_of_memory():
             self._collected.add(images, batch)
-        if sum(map(len, self._pictures)) < _PICTURED:
-            self._pictures.append(images)
+        self._pictures.append(images)
         self._next += 1
 
 

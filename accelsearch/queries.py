@@ -25,11 +25,7 @@ def feasible_trials(study: StoredStudy) -> list[StoredTrial]:
 
     Not those that prompts which the search never saw did not confirm.
     """
-    return [
-        trial
-        for trial in study.current
-        if trial.feasible(study.configuration) and not is_refuted(study, trial)
-    ]
+    return [trial for trial in study.feasible if not is_refuted(study, trial)]
 
 
 def is_refuted(study: StoredStudy, trial: StoredTrial) -> bool:
@@ -54,8 +50,7 @@ def fastest_feasible(study: StoredStudy) -> StoredTrial | None:
     confirmed = max(feasible_trials(study), key=_speedup, default=None)
     if confirmed is not None:
         return confirmed
-    kept = (trial for trial in study.current if trial.feasible(study.configuration))
-    return max(kept, key=_speedup, default=None)
+    return max(study.feasible, key=_speedup, default=None)
 
 
 CHOICES = ("safest", "closest", "exact")

@@ -50,7 +50,8 @@ def reconcile(study: optuna.Study, worker: Worker) -> None:
         claimed = {claim.trial_id for claim in claims}
         for trial in running:
             if trial._trial_id not in claimed:
-                _settle(storage, study._study_id, trial, "no worker measures it")
+                found = storage.get_trial(trial._trial_id)  # with what it has recorded since
+                _settle(storage, study._study_id, found, "no worker measures it")
 
     for claim in left:
         release_claim(worker.engine, claim.study_id, claim.setting, claim.worker)

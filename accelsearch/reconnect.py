@@ -6,19 +6,22 @@ therefore repeated only where doing it twice is doing it once.
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
+
+from accelsearch import rows
 
 __all__ = ["PATIENCE_S", "PatientStorage", "patiently", "transient"]
 
@@ -75,8 +78,6 @@ _REPEATABLE = (
     "get_study_id_from_name",
     "get_study_name_from_id",
     "get_study_system_attrs",
-    "get_study_user_attrs",
-    "get_trial",
     "get_trial_id_from_study_id_trial_number",
     "get_trial_param",
     "get_trial_system_attrs",
@@ -87,12 +88,9 @@ _REPEATABLE = (
     "set_trial_system_attr",
     "set_trial_user_attr",
     "_get_best_trial_id",
-    "_get_trials",
     "_set_trial_param",
     # A name that is taken is told as such: whoever asked for it continues that study.
     "create_new_study",
-    # Twice, it leaves a running trial that nobody has claimed, and these are cleared away.
-    "_create_new_trial",
 )
 
 
@@ -107,7 +105,16 @@ def _patient(name: str) -> Callable[..., Any]:
 
 
 class PatientStorage(RDBStorage):
-    """Optuna's database storage, with the patience of `patiently` in every operation."""
+    """Optuna's database storage, with the patience of `patiently` in every operation.
+
+    What many workers do in every trial takes few statements (`rows`).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._running: dict[int, rows.Known] = {}  # by study
+        self._fits: set[tuple[int, str, BaseDistribution]] = set()  # params that a study has
+        self._made: FrozenTrial | None = None
 
     def write_trial(
         self,
@@ -124,17 +131,7 @@ class PatientStorage(RDBStorage):
 
         def write() -> None:
             with _create_scoped_session(self.scoped_session) as session:
-                kinds = (
-                    (models.TrialUserAttributeModel, user_attrs),
-                    (models.TrialSystemAttributeModel, system_attrs),
-                )
-                for model, attributes in kinds:
-                    for key, value in attributes.items():
-                        self._set_trial_attr_without_commit(session, model, trial_id, key, value)
-                if intermediate_value is not None:
-                    self._set_trial_intermediate_value_without_commit(
-                        session, trial_id, 0, intermediate_value
-                    )
+                rows.write(session, trial_id, user_attrs, system_attrs, intermediate_value)
 
         patiently(write)
 
@@ -152,7 +149,13 @@ class PatientStorage(RDBStorage):
             nonlocal tries
             tries += 1
             try:
-                return super(PatientStorage, self).set_trial_state_values(trial_id, state, values)
+                if not state.is_finished():
+                    return super(PatientStorage, self).set_trial_state_values(
+                        trial_id, state, values
+                    )
+                with _create_scoped_session(self.scoped_session) as session:
+                    rows.end(session, trial_id, state, values)
+                return True
             except UpdateFinishedTrialError:
                 # The first try may have been ours, committed on a connection that then broke.
                 if tries > 1 and state.is_finished() and self.get_trial(trial_id).state is state:
@@ -160,6 +163,69 @@ class PatientStorage(RDBStorage):
                 raise
 
         return patiently(move)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        made, self._made = self._made, None
+        if made is not None and made._trial_id == trial_id:
+            return made  # a moment ago: nobody else writes to it
+
+        def read() -> FrozenTrial:
+            with _create_scoped_session(self.scoped_session) as session:
+                return rows.read(session, trial_id)
+
+        return patiently(read)
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        def read() -> dict[str, Any]:
+            with _create_scoped_session(self.scoped_session) as session:
+                return rows.study_attributes(session, study_id)
+
+        return patiently(read) or super().get_study_user_attrs(study_id)
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        known = self._running.setdefault(study_id, {})
+
+        def read() -> list[FrozenTrial]:
+            with _create_scoped_session(self.scoped_session) as session:
+                return rows.read_after(
+                    session, study_id, trial_id_greater_than, included_trial_ids, known
+                )
+
+        found = patiently(read)
+        return found if states is None else [one for one in found if one.state in states]
+
+    def _create_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None = None
+    ) -> FrozenTrial:
+        # Twice, it leaves a running trial that nobody has claimed, and these are cleared away.
+        template = template_trial
+        if template is None or template.state is not TrialState.RUNNING:
+            return patiently(
+                lambda: super(PatientStorage, self)._create_new_trial(study_id, template)
+            )
+        fits = {(study_id, name, one) for name, one in template.distributions.items()}
+        if not fits <= self._fits:
+            # Optuna looks whether the study has other distributions for these params.
+            made = patiently(
+                lambda: super(PatientStorage, self)._create_new_trial(study_id, template)
+            )
+            self._fits |= fits
+        else:
+
+            def create() -> FrozenTrial:
+                with _create_scoped_session(self.scoped_session) as session:
+                    return rows.add_running(session, study_id, template)
+
+            made = patiently(create)
+        self._running.setdefault(study_id, {})[made._trial_id] = copy.deepcopy(made)
+        self._made = made
+        return made
 
 
 for _name in _REPEATABLE:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from accelsearch.measurement import (
     scores_to,
 )
 from accelsearch.reconnect import PatientStorage, transient
+from accelsearch.rows import WORKER
 
 __all__ = [
     "Outcome",
@@ -61,6 +63,7 @@ __all__ = [
     "is_ours",
     "is_over",
     "open_storage",
+    "read_both",
     "read_neighbours",
     "read_parts",
     "read_siblings",
@@ -80,7 +83,9 @@ __all__ = [
 
 _HEARTBEAT_S, _GRACE_S = 30, 120
 _BUSY_S = 60  # that a writer waits for another one's lock on a SQLite file
-_PSYCOPG = "postgresql+psycopg"
+# The drivers that are tested, instead of SQLAlchemy's own choice, and what installs them.
+_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
+_EXTRAS = {"postgresql+psycopg": "postgres", "mysql+pymysql": "mysql"}
 # A server that is cut off is noticed within a minute, not when TCP gives up after a quarter hour.
 _POSTGRES = {
     "connect_timeout": 10,
@@ -89,13 +94,15 @@ _POSTGRES = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,  # ms
 }
+_RESTED_S = 1.0  # without use, after which a connection is looked at before it is used
+_MYSQL = {"connect_timeout": 10, "read_timeout": 60, "write_timeout": 60}
 _STARTING_S = 60  # that a server may take to start
 _RACES = 10  # attempts to make the tables beside others who do
 _KINDS = ("sqlite", "postgresql", "mysql")
 _CONFIGURATION, _ENVIRONMENT = "configuration", "environment"
 _MEASUREMENT, _OUTCOME, _REASON = "measurement", "outcome", "reason"
 _REUSED, _SECONDS = "reused_from", "seconds"
-_WORKER, _LOST = "worker", "lost"
+_LOST = "lost"
 _SETTINGS = "settings"
 _RESUMES = "resumes"
 _LEAST_VIOLATION = 1e-9  # that Optuna takes for one
@@ -142,6 +149,11 @@ class StoredTrial:
     finished: datetime | None = None
     lost: bool = False  # its worker was gone before it was measured
     worker: str = ""
+
+    @cached_property
+    def setting(self) -> tuple[tuple[str, ParamValue], ...]:
+        """The params as what they are told apart by."""
+        return tuple(sorted(self.params.items()))
 
     @property
     def speedup(self) -> float | None:
@@ -214,7 +226,7 @@ class StoredStudy:
     verifications: Mapping[int, Verification] = field(default_factory=dict)  # by trial
     requests: Mapping[float, str] = field(default_factory=dict)  # speedups asked for -> how chosen
 
-    @property
+    @cached_property
     def current(self) -> tuple[StoredTrial, ...]:
         """The trials but those taken over from another, and those that another resumed."""
         unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
@@ -222,6 +234,19 @@ class StoredStudy:
         return tuple(
             one for one in self.trials if one.reused_from is None and one.number not in resumed
         )
+
+    @cached_property
+    def measured(self) -> tuple[StoredTrial, ...]:
+        """The trials that count: finished ones, each setting's last."""
+        unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
+        finished = (one for one in self.current if one.outcome not in unfinished)
+        # One that was given up while it resumed another does not say so, and both are here.
+        return tuple({one.setting: one for one in finished}.values())
+
+    @cached_property
+    def feasible(self) -> tuple[StoredTrial, ...]:
+        """The trials that keep all budgets, each setting once, in the order they were measured."""
+        return tuple(one for one in self.current if one.feasible(self.configuration))
 
 
 def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> BaseStorage:
@@ -238,9 +263,10 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
     parsed = _parsed(url)
     shown = redacted(url)
     # One connection for the trials; the heartbeat has another only while it beats.
-    options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 1, "max_overflow": 4}
-    if parsed.get_backend_name() == "postgresql":
-        unsaid = {key: value for key, value in _POSTGRES.items() if key not in parsed.query}
+    options: dict[str, Any] = {"pool_size": 1, "max_overflow": 4}
+    if parsed.get_backend_name() in ("postgresql", "mysql"):
+        limits = _POSTGRES if parsed.get_backend_name() == "postgresql" else _MYSQL
+        unsaid = {key: value for key, value in limits.items() if key not in parsed.query}
         options["connect_args"] = unsaid
     elif parsed.get_backend_name() == "sqlite":
         file = _sqlite_file(parsed)
@@ -266,11 +292,14 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
     template = full.replace("{", "{{").replace("}", "}}")
     try:
         storage = _opened(template, options, create=create, patience_s=patience_s)
-        if create and parsed.get_backend_name() == "sqlite":
+        if parsed.get_backend_name() != "sqlite":
+            _ping_what_rested(storage.engine)
+        elif create:
             _use_write_ahead_log(storage)
     except ImportError as error:
         driver = parsed.drivername
-        remedy = "; run: pip install 'accelsearch[postgres]'" if driver == _PSYCOPG else ""
+        extra = _EXTRAS.get(driver)
+        remedy = f"; run: pip install 'accelsearch[{extra}]'" if extra else ""
         raise StorageError(
             f"storage {shown} needs the driver of {driver}, which is not installed: "
             f"{error.__cause__ or error}{remedy}"
@@ -295,9 +324,11 @@ def database_errors() -> Iterator[None]:
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        said = _cause(error)
+        remedy = "make room on its disk, and " if _is_full(said) else ""
         raise StorageError(
-            f"storage must stay reachable and writable: {_cause(error)}; finished trials are kept, "
-            "run the same command again to continue"
+            f"storage must stay reachable and writable: {said}; finished trials are kept, "
+            f"{remedy}run the same command again to continue"
         ) from error
 
 
@@ -355,8 +386,7 @@ def create_study(
     )
     study.set_metric_names(["speedup"])
     # pydantic warns of the ranges in `space`, which it writes as it reads them. The prompts that
-    # the search never sees stay with the plan: they may be more than an attribute holds (64 KB on
-    # MySQL).
+    # the search never sees stay with the plan.
     stored = configuration.model_dump(mode="json", warnings=False, exclude={"held_out_prompts"})
     attributes = {_ENVIRONMENT: environment.to_dict(), _CONFIGURATION: stored}
     for name, value in attributes.items():
@@ -405,6 +435,7 @@ def record(
         attributes[_RESUMES] = resumes
     if measurement is not None:
         attributes[_MEASUREMENT] = measurement.to_dict()
+    speedup = None if measurement is None else measurement.latency.speedup
     _backend(trial.storage).write_trial(
         trial._trial_id,
         attributes,
@@ -414,8 +445,10 @@ def record(
             for metric, value in _signed(violations or {}, outcome).items()
         },
         # The same step for every trial: TPE ranks pruned ones by the last step reported.
-        None if measurement is None else measurement.latency.speedup,
+        speedup,
     )
+    if speedup is not None:
+        trial._cached_frozen_trial.intermediate_values[0] = speedup  # as `Trial.report` does
 
 
 def _signed(violations: Mapping[str, float], outcome: Outcome) -> dict[str, float]:
@@ -455,13 +488,13 @@ def running_trial(
         state=TrialState.RUNNING,
         params=dict(params),
         distributions=dict(distributions),
-        user_attrs={_WORKER: worker},
+        user_attrs={WORKER: worker},
     )
 
 
 def say_worker(storage: BaseStorage, trial_id: int, worker: str) -> None:
     """Say which worker measures a running trial."""
-    storage.set_trial_user_attr(trial_id, _WORKER, worker)
+    storage.set_trial_user_attr(trial_id, WORKER, worker)
 
 
 def complete_recorded(storage: BaseStorage, trial: FrozenTrial) -> bool:
@@ -598,14 +631,31 @@ def _readable(
             continue
 
 
-def read_study(study: optuna.Study) -> StoredStudy:
-    """What an open Optuna study holds now."""
-    return _study(study.study_name, study.user_attrs, study.get_trials(deepcopy=False))
+def read_study(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> StoredStudy:
+    """What an open Optuna study holds now; `trials` are its own, where they have just been read."""
+    if trials is None:
+        trials = study.get_trials(deepcopy=False)
+    return _study(study.study_name, study.user_attrs, trials)
+
+
+def read_both(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial], StoredStudy]:
+    """A study's trials as Optuna holds them, and the study that holds the same ones in this order.
+
+    Raises:
+        StorageError: accelsearch did not make the study, or this version cannot read it.
+    """
+    name = storage.get_study_name_from_id(study_id)
+    attributes = storage.get_study_user_attrs(study_id)
+    if not {_CONFIGURATION, _ENVIRONMENT} <= attributes.keys():
+        raise StorageError(f"study {name!r} must be made by accelsearch to be read")
+    # After the attributes, which may tell of any trial that is stored by then.
+    trials = storage.get_all_trials(study_id, deepcopy=False)
+    return trials, _study(name, attributes, trials)
 
 
 def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> StoredStudy:
     try:
-        configuration = Configuration.model_validate_json(json.dumps(attributes[_CONFIGURATION]))
+        configuration = _configuration(json.dumps(attributes[_CONFIGURATION]))
     except ValidationError as error:
         raise StorageError(
             f"study {name!r} holds a configuration that this version cannot read: {told(error)}"
@@ -628,6 +678,12 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
         )
     except (StorageError, ValueError) as error:
         raise StorageError(f"study {name!r} cannot be read: {error}") from None
+
+
+# A search reads its study twice a trial, and most often its configuration is what it was.
+@lru_cache(maxsize=64)
+def _configuration(text: str) -> Configuration:
+    return Configuration.model_validate_json(text)
 
 
 def _verifications(study: StoredStudy, attributes: Mapping[str, Any]) -> dict[int, Verification]:
@@ -686,7 +742,7 @@ def _trial(trial: FrozenTrial) -> StoredTrial:
         seconds=trial.user_attrs.get(_SECONDS, {}),
         finished=trial.datetime_complete,
         lost=is_lost(trial),
-        worker=trial.user_attrs.get(_WORKER, ""),
+        worker=trial.user_attrs.get(WORKER, ""),
     )
 
 
@@ -709,8 +765,7 @@ def _parsed(url: str) -> URL:
         raise StorageError(
             f"storage must name an installed driver, got {parsed.drivername!r}"
         ) from None
-    # The one driver that is tested. SQLAlchemy's own choice is its predecessor.
-    return parsed.set(drivername=_PSYCOPG) if parsed.drivername == "postgresql" else parsed
+    return parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
 
 
 def _well_formed(url: str) -> URL | None:
@@ -757,6 +812,7 @@ def _opened(
             )
             if create:
                 create_tables(storage.engine)
+                _widen(storage.engine)
             return storage
         except (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
             said = _cause(error)
@@ -770,6 +826,41 @@ def _opened(
         time.sleep(random.uniform(0.1, 0.5))  # noqa: S311
 
 
+def _widen(engine: Engine) -> None:
+    """Give attributes on MySQL more than its 64 KB: the scores of 1,000 prompts need more."""
+    if engine.dialect.name != "mysql":
+        return
+    for table in ("study_user_attributes", "trial_user_attributes"):
+        columns = {one["name"]: one for one in sqlalchemy.inspect(engine).get_columns(table)}
+        if type(columns["value_json"]["type"]).__name__ == "TEXT":
+            with engine.begin() as connection:
+                connection.exec_driver_sql(f"ALTER TABLE {table} MODIFY value_json MEDIUMTEXT")
+
+
+def _ping_what_rested(engine: Engine) -> None:
+    """Look at a connection that has rested before it is used: its server may be gone.
+
+    SQLAlchemy's own `pool_pre_ping` looks each time, which is a round trip for every transaction.
+    Of those that follow each other at once, one that fails is repeated anyway (`reconnect`).
+    """
+    dialect = engine.dialect
+
+    @sqlalchemy.event.listens_for(engine, "checkin")
+    def rests(connection: Any, record: Any) -> None:
+        record.info["resting_since"] = time.monotonic()
+
+    @sqlalchemy.event.listens_for(engine, "checkout")
+    def is_used(connection: Any, record: Any, proxy: Any) -> None:
+        since = record.info.get("resting_since")
+        if since is None or time.monotonic() - since < _RESTED_S:
+            return
+        try:
+            dialect.do_ping(connection)
+        except dialect.loaded_dbapi.Error:
+            # The pool takes another connection, a new one.
+            raise sqlalchemy.exc.DisconnectionError from None
+
+
 def _use_write_ahead_log(storage: RDBStorage) -> None:
     """Let readers (the dashboard) and one writer work side by side."""
     with storage.engine.connect() as connection:
@@ -780,6 +871,12 @@ def _cause(error: BaseException) -> str:
     """The database's own words, without SQLAlchemy's statement and parameters."""
     error = _database_error(error)
     return str(getattr(error, "orig", None) or error).partition("\n")[0]
+
+
+def _is_full(said: str) -> bool:
+    """Whether these are a database's words for a full disk: SQLite's, PostgreSQL's, MySQL's."""
+    words = ("disk is full", "No space left", "Disk full", "is full")
+    return any(one in said for one in words)
 
 
 def _database_error(error: BaseException) -> BaseException:

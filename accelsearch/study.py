@@ -18,14 +18,14 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from accelsearch import report
+from accelsearch import pictures
 from accelsearch.budget import violation
 from accelsearch.configuration import Configuration, SearchSettings
 from accelsearch.errors import BaselineError, StorageError, TrialError
 from accelsearch.guide import GAIN, Guide, Observation
 from accelsearch.heartbeat import Worker
 from accelsearch.judging import check_held_out
-from accelsearch.latency import dominated
+from accelsearch.latency import contender, dominated
 from accelsearch.measurement import (
     Environment,
     Measurement,
@@ -241,6 +241,7 @@ class _Search:
         study.sampler = _sampler(self._settings, len(self._stored.trials) + self._lane)
         self._deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
         self._repeated = False
+        self._chosen: dict[str, ParamValue] | None = None
         self._keys: dict[int, Setting] = {}
         self._noise_of: tuple[int, float | None] | None = None
         progress.study_started(self._stored, environment)
@@ -313,7 +314,9 @@ class _Search:
 
     def _read(self) -> StoredStudy:
         """The study as stored, but with the limits of this search instead of the first one's."""
-        return replace(read_study(self._study), configuration=self._configuration)
+        self._trials = self._study.get_trials(deepcopy=False)
+        stored = read_study(self._study, self._trials)
+        return replace(stored, configuration=self._configuration)
 
     def _known(self) -> dict[Setting, StoredTrial]:
         """What is measured already, by setting."""
@@ -321,12 +324,24 @@ class _Search:
 
     def _why_stop(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
         """Why the search is over, and what others still measure; None where it is not."""
+        stopped, claimed = self._why_no_other()
+        best = None if stopped in (None, OTHERS) else self._contender()
+        if best is None or time.monotonic() > self._deadline:
+            return stopped, claimed
+        claimed = tuple(self._worker.others(self._study._study_id))
+        if _setting(self._space, best.params) in {_setting(self._space, one) for one in claimed}:
+            return OTHERS, claimed
+        self._chosen = best.params
+        return None, ()
+
+    def _why_no_other(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
+        """Why no other setting is to be measured, and what others measure; None: one is chosen."""
         stored, settings = self._stored, self._settings
         if self._goal is not None:
             answer = targeted(stored, self._goal, self._choice)
             if answer is not None:
                 return f"trial {answer.number} meets {self._goal:g}x", ()
-        measured = _measured(stored)
+        measured = stored.measured
         claimed = tuple(self._worker.others(self._study._study_id))
         limited = len(measured) >= settings.trials
         if limited and not self._reopened():
@@ -359,7 +374,9 @@ class _Search:
             if _setting(space, params) not in tried:
                 return params
         sampler = self._settings.sampler
-        if _waiting(self._study):  # imported ones, to be tried first
+        if any(
+            one.state is TrialState.WAITING for one in self._trials
+        ):  # imported ones, to be tried first
             return None
         chance = random.Random(self._settings.seed + len(stored.trials) + self._lane)  # noqa: S311
         if sampler == _GUIDED:
@@ -427,7 +444,7 @@ class _Search:
         given_up = (Outcome.DOMINATED, Outcome.TOO_SLOW, Outcome.UNSCORED)
         found = [
             one
-            for one in _measured(self._stored)
+            for one in self._stored.measured
             if one.outcome in given_up
             and one.measurement is not None
             and not dominated(one.measurement.latency, beat, noise)
@@ -438,6 +455,29 @@ class _Search:
             found = [one for one in found if least_speedup(one) <= goal]
         # The faster of those that are fast enough lose more.
         return sorted(found, key=lambda one: abs((one.speedup or 0.0) - goal))
+
+    def _contender(self) -> StoredTrial | None:
+        """A trial to be timed on: settings are timed coarsely until one of them is the answer.
+
+        For the upper bound it is chosen among those that may be the fastest, by `contender`. The
+        answer to a goal is timed on where its interval leaves open whether it reaches it.
+        """
+        timing = self._configuration.latency
+        if self._goal is None:
+            kept = feasible_trials(self._stored)
+        else:
+            answer = targeted(self._stored, self._goal, self._choice)
+            unsure = answer is not None and least_speedup(answer) < self._goal
+            kept = [answer] if answer is not None and unsure else []
+        latencies = [one.measurement.latency for one in kept if one.measurement is not None]
+        found = contender(latencies, timing.precision, timing.max_pairs)
+        return None if found is None else kept[found]
+
+    def _pairs(self, known: Measurement | None, *, timed_on: bool) -> int:
+        """How many pairs a setting has at most: few at first, and twice as many when timed on."""
+        timing = self._configuration.latency
+        count = len(known.latency.baseline_s) if known else 0
+        return min(2 * count, timing.max_pairs) if timed_on else max(count, timing.min_pairs)
 
     def _incumbent(self) -> float | None:
         """What the best feasible trial reaches beyond the noise: the lower end of its interval.
@@ -456,7 +496,7 @@ class _Search:
         # Asked for several times a turn, and told by trials that have ended alone.
         ended = sum(one.outcome is not Outcome.RUNNING for one in self._stored.trials)
         if self._noise_of is None or self._noise_of[0] != ended:
-            measured = (one.measurement for one in _measured(self._stored))
+            measured = (one.measurement for one in self._stored.measured)
             noise = pair_noise(one.latency for one in measured if one is not None)
             self._noise_of = (ended, noise)
         return self._noise_of[1]
@@ -470,6 +510,7 @@ class _Search:
             self._space,
             self._worker,
             self._chosen,
+            trials=self._trials,
             limit_s=self._settings.trial_timeout_s,
         )
         self._stored = self._read()
@@ -488,7 +529,7 @@ class _Search:
         self._progress.trial_finished(self._stored)
         if isinstance(trial.error, BaselineError):
             raise trial.error
-        measured = _measured(self._stored)
+        measured = self._stored.measured
         failures = [one for one in measured if one.outcome is Outcome.FAILED]
         if trial.error and not trial.repeated and len(failures) == len(measured) >= _HOPELESS:
             raise TrialError(f"all {len(failures)} trials failed, the last with {trial.error}")
@@ -547,8 +588,10 @@ class _Trial:
         self._progress.trial_started(params)
         setting = _setting(space, params)
         stored = search._known().get(setting)
+        best = search._contender()
+        timed_on = stored is not None and best is not None and stored.number == best.number
         reopened = {one.number for one in search._reopened()}
-        if stored is not None and stored.number not in reopened:
+        if stored is not None and stored.number not in reopened and not timed_on:
             self.repeated = True
             return self._repeat(trial, stored)
         known = search._pool.get(setting) if stored is None else stored.measurement
@@ -556,10 +599,12 @@ class _Trial:
         try:
             result = self._bench.measure(
                 params,
-                incumbent=search._incumbent(),
-                goal=search._goal,
+                # What has kept its budgets is worth keeping, though another may be faster.
+                incumbent=None if timed_on else search._incumbent(),
+                goal=None if timed_on else search._goal,
                 noise=search._noise(),
                 known=known,
+                pairs=search._pairs(known, timed_on=timed_on),
             )
         except BaselineError as error:
             # Not the fault of this setting, which is to be tried again.
@@ -611,13 +656,24 @@ class _Trial:
 
     def _keep_picture(self, trial: optuna.Trial, result: Result) -> None:
         assert result.images is not None
-        images = result.images[: report.PICTURED]
+        images, configuration = result.images, self._stored.configuration
         baseline, prompts = self._bench.baseline_images(len(images))
         title = f"{result.measurement.latency.speedup:.2f}x: {result.reason}"
-        picture = report.comparison(baseline, images, prompts, title=title)
+        first = pictures.PICTURED
+        picture = pictures.comparison(
+            baseline[:first], images[:first], prompts[:first], title=title
+        )
+        places = pictures.telling(result.measurement, configuration, len(images))
         artifacts = self._search._artifacts
         try:
-            report.keep_picture(artifacts, trial, picture)
+            pictures.keep_picture(artifacts, trial, picture)
+            pictures.keep_pairs(
+                artifacts,
+                trial,
+                baseline[places],
+                images[places],
+                [configuration.order[place] for place in places],
+            )
         except OSError as error:
             # The measurement took minutes, and is worth keeping without its picture.
             self._progress.warned(f"no picture in {artifacts}: {error.strerror}")
@@ -627,10 +683,6 @@ def _told_by(measurement: Measurement) -> tuple[int, int]:
     """How many images a measurement has scored, and how many pairs of calls it has timed."""
     scored = min((len(one.accelerated) for one in measurement.scores), default=0)
     return scored, len(measurement.latency.baseline_s)
-
-
-def _waiting(study: optuna.Study) -> bool:
-    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
 
 def _observed(
@@ -740,21 +792,12 @@ def _setting(space: Sequence[Parameter], params: Mapping[str, ParamValue]) -> Se
     return tuple(sorted((effective(space, params) if names <= params.keys() else params).items()))
 
 
-def _measured(stored: StoredStudy) -> list[StoredTrial]:
-    """The trials that count: finished ones, each setting's last."""
-    unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
-    finished = (trial for trial in stored.current if trial.outcome not in unfinished)
-    # One that was given up while it resumed another does not say so, and both are here.
-    last = {tuple(sorted(trial.params.items())): trial for trial in finished}
-    return list(last.values())
-
-
 def _settings(
     space: Sequence[Parameter], stored: StoredStudy, keys: dict[int, Setting]
 ) -> dict[Setting, StoredTrial]:
     """What is measured already, by setting; `keys` keeps the settings of the study's trials."""
     found = {}
-    for trial in _measured(stored):
+    for trial in stored.measured:
         if trial.number not in keys:
             keys[trial.number] = _setting(space, trial.params)
         found[keys[trial.number]] = trial

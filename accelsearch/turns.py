@@ -38,16 +38,19 @@ def take(
     worker: Worker,
     params: Mapping[str, ParamValue] | None = None,
     *,
+    trials: Sequence[FrozenTrial] | None = None,
     limit_s: float | None = None,
 ) -> optuna.Trial | None:
     """A running trial that is this worker's alone; None where another was quicker.
 
     It is the first enqueued trial that nobody else has claimed the setting of; without one, that
     of `params`; and without these, one of the sampler's choice. Its params are set, all of them.
+    `trials` are the study's, where they have just been read.
     """
     storage, study_id = study._storage, study._study_id
     distributions = {one.name: _distribution(one) for one in space}
-    trials = study.get_trials(deepcopy=False)
+    if trials is None:
+        trials = study.get_trials(deepcopy=False)
 
     def drafted(fixed: Mapping[str, Any]) -> dict[str, ParamValue]:
         return _listed(space, _draft(study, distributions, fixed, trials))
@@ -60,11 +63,12 @@ def take(
         if not worker.claim(study_id, identity, trial_id=trial_id, limit_s=limit_s):
             continue
         if _started(storage, trial_id):
-            say_worker(storage, trial_id, worker.identity.name)
             for name, value in setting.items():
                 if name not in waiting.params:
                     internal = distributions[name].to_internal_repr(value)
                     storage.set_trial_param(trial_id, name, internal, distributions[name])
+            # Last: who reads a running trial with its worker does not read it again.
+            say_worker(storage, trial_id, worker.identity.name)
             return optuna.Trial(study, trial_id)
         worker.release()
     setting = dict(params) if params is not None else drafted({})
@@ -94,22 +98,37 @@ def finish(
         try:
             value = objective(trial)
         except optuna.TrialPruned:
-            study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+            _end(trial, TrialState.PRUNED)
         except TrialError:
-            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            _end(trial, TrialState.FAIL)
         except UpdateFinishedTrialError:
             raise
         except BaseException:
-            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            _end(trial, TrialState.FAIL)
             worker.release()
             raise
         else:
-            study.tell(trial, value, skip_if_finished=True)
+            _end(trial, TrialState.COMPLETE, value)
     except UpdateFinishedTrialError:
         worker.release()
         return False
     worker.release(finished=True)
     return True
+
+
+def _end(trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
+    """End a trial as `Study.tell` does, but without reading it again.
+
+    One that another has ended meanwhile was recorded in full, and is what it is.
+    """
+    if state is TrialState.PRUNED:
+        value = trial._cached_frozen_trial.intermediate_values.get(0)
+    try:
+        trial.storage.set_trial_state_values(
+            trial._trial_id, state, None if value is None else (value,)
+        )
+    except UpdateFinishedTrialError:
+        return
 
 
 class _Drafts:

@@ -29,7 +29,7 @@ __all__ = ["Done", "device_told", "stand_in", "work"]
 
 MakeBench = Callable[[Configuration, Callable[[str], None]], Bench]
 
-_POLL_S = 2.0
+_POLL_S, _LONGEST_POLL_S = 2.0, 10.0
 
 
 @dataclass
@@ -77,6 +77,7 @@ def work(
     jobs = [_Job(one, where(one)) for one in configurations]
     done = Done()
     kept = _Kept(bench)
+    pause_s = poll_s
     while jobs:
         if worker.stopping:
             raise KeyboardInterrupt
@@ -84,8 +85,11 @@ def work(
         jobs = [job for job in jobs if job in open_jobs or job.pending]
         if not open_jobs:
             worker.at(None)
-            time.sleep(poll_s)
+            time.sleep(pause_s)
+            # Many may wait for one that measures: they ask less and less often.
+            pause_s = min(1.5 * pause_s, _LONGEST_POLL_S)
             continue
+        pause_s = poll_s
         job = _neediest(open_jobs, storage, worker)
         try:
             with progress_on() as progress:

@@ -53,16 +53,18 @@ from accelsearch.errors import TrialError, UnsupportedError
 from accelsearch.methods import METHODS, Parameter, Value
 
 PLAN = Path(__file__).parent.parent / "studies" / "shapes-demo.toml"
+DATA = Path(__file__).parent / "data"
 SPLITS = ("search", "verification", "truth")  # equal and disjoint, in the order of the prompts
 METRICS = ("clip_score", "psnr", "ssim")
 STEPS = 20
+_FEWEST = 3  # pairs of a setting
 FORMAT = 1
 
 # Where the whole product is too large, the part of it that is recorded: the identities, the
-# defaults, and values from mild to wild. 17 settings of DeepCache x 12 of T-GATE.
+# defaults, and values from mild to wild. 13 settings of DeepCache x 12 of T-GATE.
 _BOTH: dict[str, tuple[Value, ...]] = {
-    "cache_interval": (1, 2, 3, 5, 8),
-    "cache_branch_id": (0, 1, 3, 6),
+    "cache_interval": (1, 2, 3, 5, 9),
+    "cache_branch_id": (0, 1, 3),
     "gate_step": (4, 6, 8, 11, 15, STEPS),  # the last one gates nothing
     "sp_interval": (1, 5),
     "fi_interval": (1,),
@@ -73,7 +75,8 @@ _BOTH: dict[str, tuple[Value, ...]] = {
 _GRAPHS: dict[str, tuple[Value, ...]] = {"mode": ("eager",)}
 PARTS: dict[tuple[str, ...], dict[str, tuple[Value, ...]]] = {
     ("deepcache", "tgate"): _BOTH,
-    ("compile", "deepcache"): _GRAPHS,
+    # 13 intervals x 12 branches, and none.
+    ("compile", "deepcache"): _GRAPHS | {"cache_interval": tuple(range(1, 15))},
     ("compile", "deepcache", "tgate"): _BOTH | _GRAPHS,
 }
 
@@ -87,10 +90,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/data/METHODS.npz")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
-    parser.add_argument("--prompts", type=int, default=192, help="of all three splits together")
-    parser.add_argument("--batch", type=int, default=64, help="images of one call")
+    parser.add_argument("--prompts", type=int, default=288, help="of all three splits together")
+    parser.add_argument("--batch", type=int, default=288, help="images of one call")
     parser.add_argument("--pairs", type=int, default=6, help="no fewer than calls for all prompts")
     parser.add_argument("--limit", type=int, help="record so many settings, evenly spread")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the file, on the same machine"
+    )
     parser.add_argument(
         "--time-limit",
         type=float,
@@ -101,21 +107,23 @@ def main() -> int:
     if options.prompts % len(SPLITS) or options.prompts % options.batch:
         parser.error("--prompts must be a multiple of 3, the splits, and of --batch")
     configuration = configured(options)
-    recorder = Recorder(configuration, options.prompts, options.pairs)
+    recorder = Recorder(configuration, options.pairs)
     grid = grid_of(recorder.space)
     chosen = np.linspace(0, len(grid) - 1, min(options.limit or len(grid), len(grid)))
     rows = np.unique(chosen.round().astype(int)).tolist()
+    out = options.out or DATA / f"{'+'.join(configuration.methods)}.npz"
+    before = recorded_before(out, grid, recorder) if options.resume else {}
+    rows = [row for row in rows if row not in before]
     setting_s = (options.time_limit - (time.monotonic() - started)) / len(rows)
     recorder.take_at_most(setting_s)
     meta = described(configuration, recorder, len(grid))
-    out = options.out or PLAN.parent.parent / "benchmarks/data" / f"{'+'.join(meta['methods'])}.npz"
     print(
         f"{meta['environment']['device']}, {configuration.dtype}: {len(rows)} of {len(grid)} "
         f"settings, {recorder.pairs} pairs of each, "
         f"a baseline call takes {min(recorder.baseline_image_s):.3f} s",
         flush=True,
     )
-    recorded: dict[int, Recorded] = {}
+    recorded = dict(before)
     gc.collect()
     gc.freeze()  # what is loaded stays: looking for rubbish between two settings is quick
     gc.disable()
@@ -128,10 +136,11 @@ def main() -> int:
                 break
             recorded[row] = recorder.record(grid[row], visited=len(recorded))
             gc.collect()
-            if len(recorded) % 10 == 0:
+            done = len(recorded) - len(before)
+            if done % 10 == 0:
                 took_s = time.monotonic() - began
-                left_s = took_s * (len(rows) / len(recorded) - 1)
-                print(f"{len(recorded)}/{len(rows)}  {took_s:.0f} s, {left_s:.0f} left", flush=True)
+                left_s = took_s * (len(rows) / done - 1)
+                print(f"{done}/{len(rows)}  {took_s:.0f} s, {left_s:.0f} left", flush=True)
             if len(recorded) % 50 == 0:
                 write(out, meta, recorder, grid, recorded)
     finally:
@@ -149,8 +158,8 @@ def configured(options: argparse.Namespace) -> Configuration:
         "methods": [list(chosen)],
         "space": {name: list(values) for name, values in PARTS.get(chosen, {}).items()},
         "steps": [STEPS],
-        "images": options.prompts // len(SPLITS),
-        "held_out_images": options.prompts - options.prompts // len(SPLITS),
+        "images": options.prompts,  # of all splits: one call may make them all
+        "held_out_images": 0,
         "batch_size": options.batch,
         "dtype": options.dtype or ("float16" if on_gpu else "float32"),
         "device": options.device,
@@ -177,7 +186,7 @@ def described(configuration: Configuration, recorder: Recorder, grid: int) -> di
     """
     libraries = {name for method in configuration.methods for name in METHODS[method].libraries}
     environment = pipelines.detect_environment(recorder.pipeline.device, libraries)
-    size = configuration.images
+    size = configuration.images // len(SPLITS)
     return {
         "format": FORMAT,
         "environment": environment.to_dict(),
@@ -217,15 +226,13 @@ class Recorded:
 class Recorder:
     """The pipeline, the scorer and the baseline's images, on the GPU and ready to measure."""
 
-    def __init__(self, configuration: Configuration, prompts: int, pairs: int) -> None:
+    def __init__(self, configuration: Configuration, pairs: int) -> None:
         self.configuration = configuration
         self.pipeline = pipelines.load(configuration)
         self.run = pipelines.run_of(configuration)
-        self.prompts = (*configuration.prompts, *configuration.held_out_prompts)[:prompts]
-        if len(self.prompts) < prompts:
-            raise SystemExit(f"--prompts must be <= {len(self.prompts)}, got {prompts}")
+        self.prompts = configuration.prompts
         size = configuration.batch_size
-        self.batches = [slice(start, start + size) for start in range(0, prompts, size)]
+        self.batches = [slice(start, start + size) for start in range(0, len(self.prompts), size)]
         self.pairs = max(pairs, len(self.batches))
         self._coin = np.random.default_rng(configuration.seed)
         self._clip = Clip(configuration, self.prompts)
@@ -245,7 +252,7 @@ class Recorder:
         # baseline's, and scoring little beside them.
         calls = 0.9 * setting_s / min(self.baseline_image_s)
         affordable = int(min((calls - 2 / 3) / (1 + 2 / 3), self.pairs))
-        self.pairs = max(affordable, len(self.batches))
+        self.pairs = max(affordable, len(self.batches), _FEWEST)
 
     @property
     def space(self) -> tuple[Parameter, ...]:
@@ -432,6 +439,28 @@ def read(path: Path) -> tuple[dict[str, Any], Arrays]:
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     return json.loads(str(arrays.pop("meta"))), arrays
+
+
+def recorded_before(
+    path: Path, grid: Sequence[Mapping[str, Value]], recorder: Recorder
+) -> dict[int, Recorded]:
+    """The rows of an earlier file of the same machine, by their place in the grid."""
+    meta, arrays = read(path)
+    recorder.pairs = arrays["baseline_s"].shape[1]
+    places = {tuple(setting.items()): row for row, setting in enumerate(grid)}
+    found = {}
+    for at, indices in enumerate(arrays["settings"].tolist()):
+        values = zip(meta["parameters"], indices, strict=True)
+        setting = tuple((one["name"], one["values"][index]) for one, index in values)
+        samples = ("baseline_s", "accelerated_s", "score_s")
+        found[places[setting]] = Recorded(
+            visited=int(arrays["visited"][at]),
+            failure=meta["failures"].get(str(at), ""),
+            warmup_s=float(arrays["warmup_s"][at]),
+            **{name: arrays[name][at].tolist() for name in samples},
+            scores={metric: arrays[metric][at].tolist() for metric in METRICS},
+        )
+    return found
 
 
 def told(path: Path) -> None:

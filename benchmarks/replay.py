@@ -46,18 +46,17 @@ from accelsearch.budget import Verdict, candidate_alpha, decide, verify
 from accelsearch.configuration import Budget
 from accelsearch.contract import within
 from accelsearch.guide import Guide, Observation
-from accelsearch.measurement import Latency, Scores
+from accelsearch.latency import contender, dominated
+from accelsearch.measurement import Latency, Scores, pair_noise
 from accelsearch.methods import Parameter, effective
 from accelsearch.quality import ClipScore, Psnr, Ssim
 
 DATA = Path(__file__).parent / "data"
 METRICS = {"clip_score": ClipScore(), "psnr": Psnr(), "ssim": Ssim()}
-BUDGETS = ("ssim=0.03:0.2", "clip_score=0.005:0.1")
+BUDGETS = ("clip_score=0.02:0.1", "clip_score=0.005:0.1", "ssim=0.03:0.2", "psnr=25:30")
 MIN_PAIRS, MAX_PAIRS, PRECISION = 6, 40, 0.03  # the product's
-FIRST_LOOK = 8  # prompts
-SIGMAS = 4.0  # below the speedup to beat, with fewer pairs than an interval takes
+FIRST_LOOK, FEW = 8, 2  # prompts, and pairs to compare settings by
 WARM_UP_ERROR = 0.2  # of the log speedup that a warm-up call tells, where nothing was timed
-RESIDUALS = 10  # degrees of freedom from which the pooled noise is trusted
 REACHED = 0.98
 
 Array = NDArray[np.float64]
@@ -115,16 +114,14 @@ def table_of(path: Path, budgets: Sequence[Budget], noise: float = 1.0) -> Table
         for row in arrays["settings"].tolist()
     ]
     failed = arrays["failed"]
-    rows = zip(arrays["baseline_s"], arrays["accelerated_s"], failed, strict=True)
-    speedup = np.array(
-        [
-            math.nan if bad else Latency(tuple(baseline), tuple(accelerated)).speedup
-            for baseline, accelerated, bad in rows
-        ]
-    )
+    # A baseline call waits for the host's launches, which vary from one call to the next; one
+    # replayed from CUDA graphs does not. So a setting's speedup is told by its own calls beside
+    # all of the baseline's, which no setting changes.
+    baseline = np.log(arrays["baseline_s"][~failed]).mean()
+    speedup = np.exp(baseline - np.log(arrays["accelerated_s"]).mean(1))
     ratios = np.log(arrays["baseline_s"] / arrays["accelerated_s"])[~failed]
     pairs = ratios.shape[1]
-    residuals = ratios - np.log(speedup[~failed])[:, None]
+    residuals = ratios - ratios.mean(1, keepdims=True)
     prompts = len(arrays["baseline_clip_score"]) // len(arrays["baseline_image_s"])
     baseline_s = float(np.nanmedian(arrays["baseline_s"])) / prompts
     splits = {name: slice(*ends) for name, ends in meta["splits"].items()}
@@ -271,6 +268,19 @@ class Search:
         kept = self.kept()
         return kept[0].speedup if kept else None
 
+    @property
+    def least(self) -> float | None:
+        """What the fastest reaches at least."""
+        kept = self.kept()
+        interval = kept[0].latency.interval() if kept else None
+        return None if interval is None else interval[0]
+
+    def contender(self) -> Trial | None:
+        """The trial to be timed on, as a search picks it; None: it is known which is fastest."""
+        kept = self.kept()
+        found = contender([one.latency for one in kept], PRECISION, self.max_pairs)
+        return None if found is None else kept[found]
+
     def _drawn(self, setting: int) -> float:
         residual = self.rng.choice(self.table.residuals) * self.rng.choice((-1, 1))
         return math.log(self.table.speedup[setting]) + float(residual)
@@ -304,67 +314,45 @@ class Ours:
             proposal = self.guide.propose(observed, None, search.beat)
             if proposal is None:
                 self.reason = self.guide.reason
-                return
+                break
             self.measure(search, search.table.settings.index(proposal.params))
+        while (trial := search.contender()) is not None:
+            pairs = min(2 * len(trial.ratios), search.max_pairs)
+            search.call(trial)  # warms up
+            while len(trial.ratios) < pairs and not trial.latency.is_precise(PRECISION):
+                search.pair(trial)
+            search.end(trial)
 
     def measure(self, search: Search, setting: int) -> None:
-        beat = search.beat
+        least, noise = search.least, pair_noise(one.latency for one in search.trials if one.ratios)
         trial = search.begin(setting)
         while not trial.ended:
-            if beat is not None and _dominated(search, trial, beat):
+            pairs = len(trial.ratios)
+            comparable = least is None or pairs >= (FEW if noise else MIN_PAIRS)
+            if pairs and dominated(trial.latency, least, noise):
                 trial.ended = "dominated"
-            elif trial.verdict is Verdict.UNDECIDED and trial.seen >= FIRST_LOOK:
+            elif trial.verdict is Verdict.UNDECIDED and comparable and trial.seen >= FIRST_LOOK:
                 trial.verdict = search.judged(trial)
                 if trial.verdict is Verdict.OVER:
                     trial.ended = "over budget"
             if not trial.ended:
-                if trial.verdict is not Verdict.UNDECIDED and _timed(trial, search.max_pairs):
+                timed = pairs >= MIN_PAIRS
+                if trial.verdict is not Verdict.UNDECIDED and timed:
                     trial.ended = "complete"
-                elif _timed(trial, search.max_pairs):
+                elif timed:
                     search.call(trial)
                 else:
                     search.pair(trial)
         search.end(trial)
 
 
-def _timed(trial: Trial, max_pairs: int) -> bool:
-    pairs = len(trial.ratios)
-    if pairs < MIN_PAIRS:
-        return False
-    interval = trial.latency.interval()
-    if interval is None:
-        return False
-    return (
-        pairs >= max_pairs or (interval[1] - interval[0]) / 2 <= PRECISION * trial.latency.speedup
-    )
-
-
-def _pooled(search: Search) -> tuple[float, int]:
-    """The standard deviation of log ratios within settings, and its degrees of freedom."""
-    timed = [one.ratios for one in search.trials if one.ratios]
-    freedom = sum(len(one) - 1 for one in timed)
-    squares = sum(float(np.var(one)) * len(one) for one in timed)
-    return math.sqrt(squares / max(freedom, 1)), freedom
-
-
-def _dominated(search: Search, trial: Trial, beat: float) -> bool:
-    pairs = len(trial.ratios)
-    if pairs >= MIN_PAIRS:
-        interval = trial.latency.interval()
-        return interval is not None and interval[1] < beat
-    noise, freedom = _pooled(search)
-    if not pairs or freedom < RESIDUALS:
-        return False
-    return float(np.mean(trial.ratios)) + SIGMAS * noise / math.sqrt(pairs) < math.log(beat)
-
-
 def _observation(search: Search, trial: Trial) -> Observation:
-    noise, freedom = _pooled(search)
+    noise = pair_noise(one.latency for one in search.trials if one.ratios)
     pairs, seen = len(trial.ratios), trial.seen
     log_speedup, error = trial.warmup, WARM_UP_ERROR
     if pairs:
         log_speedup = math.log(trial.speedup)
-        error = (noise if freedom else WARM_UP_ERROR) / math.sqrt(pairs)
+        error = (noise or WARM_UP_ERROR) / math.sqrt(pairs)
     losses = {}
     if seen > 1:
         unseen = math.sqrt(1 - seen / search.table.losses["search"].shape[2])

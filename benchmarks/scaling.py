@@ -4,16 +4,22 @@ The sampler is TPE: the guided search is made for some dozens of trials, not for
 worker is `accelsearch worker` in a process of its own, with everything it does but the
 pipeline: sampler, claims, trials, heartbeats. They work on one study that holds 2,000 trials.
 Efficiency is 10 s over the mean time from the beginning of one wait to that of the next, while all
-workers are at work; overhead is what that time is longer than 10 s.
+workers are at work; overhead is what that time is longer than 10 s. CPU and statements a trial are
+counted in the workers themselves; the server's CPU is that of all its processes.
 
-    python benchmarks/scaling.py [--workers 1,8,64] [--trials 2000] [--seconds 90]
+    python benchmarks/scaling.py [--quick] [--workers 1,8,64] [--trials 2000] [--seconds 90]
+                                 [--postgres FOLDER]
+
+PostgreSQL's binaries are those of --postgres, of this machine, or of the package `pgserver`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,22 +27,29 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState, create_trial
+import psutil
+import sqlalchemy
+from optuna.trial import TrialState
+from sqlalchemy.orm import Session
 
+from accelsearch import rows
 from accelsearch.configuration import load_plan
 from accelsearch.measurement import Environment, Latency, Measurement, ParamValue, Scores
 from accelsearch.methods import Parameter, starts
 from accelsearch.objective import Result
-from accelsearch.storage import Outcome, create_study, open_storage
+from accelsearch.storage import Outcome, create_study, engine, open_storage, running_trial
 from accelsearch.turns import _distribution
 
 ROOT = Path(__file__).parent.parent
+SERVER = ROOT / "storage" / "postgres.sh"
 WAIT_S = 10.0
 PLAN = """
 model = "shapes"
@@ -59,6 +72,12 @@ class Waiting:
 
     def __init__(self, configuration: Any, say: Callable[[str], None]) -> None:
         self._log = Path(os.environ["ACCELSEARCH_BENCHMARK_LOG"])
+        self._statements = 0
+        # Of every engine of this process, whoever has made it.
+        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", self._count)
+
+    def _count(self, *of: Any) -> None:
+        self._statements += 1
 
     @staticmethod
     def environment(configuration: Any) -> Environment:
@@ -69,7 +88,9 @@ class Waiting:
 
     def measure(self, params: Mapping[str, ParamValue], **question: Any) -> Result:
         with self._log.open("a") as log:
-            log.write(f"{os.getpid()} {time.time():.3f}\n")
+            log.write(
+                f"{os.getpid()} {time.time():.3f} {time.process_time():.4f} {self._statements}\n"
+            )
         time.sleep(WAIT_S)
         return result_of(params)
 
@@ -106,36 +127,46 @@ def fill(url: str, plan: Path, count: int) -> None:
         optuna.samplers.RandomSampler(),
     )
     chance = random.Random(0)
-    for _ in range(count):
-        params: dict[str, Any] = {
-            "cache_interval": chance.randint(2, 300),
-            "cache_branch_id": chance.randint(0, 11),
-            "gate": chance.random(),
-        }
-        result = result_of(params)
-        speedup = result.measurement.latency.speedup
-        feasible = result.outcome is Outcome.FEASIBLE
-        study.add_trial(
-            create_trial(
-                state=TrialState.COMPLETE if feasible else TrialState.PRUNED,
-                params=params,
-                distributions={one.name: _distribution(one) for one in Waiting.space},
-                value=speedup,
-                intermediate_values={0: speedup},
-                user_attrs={
-                    "worker": "filled",
-                    "reason": result.reason,
-                    "seconds": result.seconds,
-                    "measurement": result.measurement.to_dict(),
-                    "outcome": result.outcome.value,
-                },
-                system_attrs={"constraints:clip_score": result.violations["clip_score"]},
-            )
-        )
+    space = {one.name: _distribution(one) for one in Waiting.space}
+    with Session(engine(study._storage)) as session:
+        for _ in range(count):
+            params: dict[str, Any] = {
+                "cache_interval": chance.randint(2, 300),
+                "cache_branch_id": chance.randint(0, 11),
+                "gate": chance.random(),
+            }
+            result = result_of(params)
+            speedup = result.measurement.latency.speedup
+            feasible = result.outcome is Outcome.FEASIBLE
+            template = running_trial(params, space, "filled")
+            trial_id = rows.add_running(session, study._study_id, template)._trial_id
+            told = {
+                "reason": result.reason,
+                "seconds": result.seconds,
+                "measurement": result.measurement.to_dict(),
+                "outcome": result.outcome.value,
+            }
+            constraints = {"constraints:clip_score": result.violations["clip_score"]}
+            rows.write(session, trial_id, told, constraints, speedup)
+            state = TrialState.COMPLETE if feasible else TrialState.PRUNED
+            rows.end(session, trial_id, state, (speedup,))
+        session.commit()
 
 
-def run(url: str, plan: Path, workers: int, seconds: float, folder: Path) -> dict[str, float]:
-    log = folder / f"{workers}.log"
+@dataclass(frozen=True)
+class Begin:
+    """The beginning of one wait: when, and what its worker has spent so far."""
+
+    time: float
+    cpu_s: float
+    statements: int
+
+
+def run(
+    url: str, plan: Path, workers: int, seconds: float, folder: Path, server: psutil.Process
+) -> str:
+    """One row of the table."""
+    log, errors = folder / f"{workers}.log", folder / f"{workers}.err"
     log.touch()
     processes = [
         subprocess.Popen(
@@ -150,21 +181,19 @@ def run(url: str, plan: Path, workers: int, seconds: float, folder: Path) -> dic
                 "OMP_NUM_THREADS": "1",
             },
             stdout=subprocess.DEVNULL,
-            stderr=(folder / f"{workers}.err").open("a"),
+            stderr=errors.open("a"),
         )
         for _ in range(workers)
     ]
     try:
         while len(begins(log)) < workers:
             time.sleep(0.5)
-            assert all(one.poll() is None for one in processes), (
-                folder / f"{workers}.err"
-            ).read_text()[-2000:]
+            assert all(one.poll() is None for one in processes), errors.read_text()[-2000:]
         # The last ones to come have disturbed the first trials of the others.
         time.sleep(2 * WAIT_S)
-        since, cpu_s = time.time(), sum(cpu_of(one.pid) for one in processes)
+        since, server_s = time.time(), cpu_of(server)
         time.sleep(seconds)
-        until, cpu_s = time.time(), sum(cpu_of(one.pid) for one in processes) - cpu_s
+        until, server_s = time.time(), cpu_of(server) - server_s
         load = os.getloadavg()[0]
     finally:
         for process in processes:
@@ -172,65 +201,96 @@ def run(url: str, plan: Path, workers: int, seconds: float, folder: Path) -> dic
         for process in processes:
             process.wait()
     turns = [
-        later - earlier
+        (
+            later.time - earlier.time,
+            later.cpu_s - earlier.cpu_s,
+            later.statements - earlier.statements,
+        )
         for moments in begins(log).values()
         for earlier, later in pairwise(moments)
-        if since <= later <= until
+        if since <= later.time <= until
     ]
-    return {
-        "workers": workers,
-        "trials": len(turns),
-        "efficiency": WAIT_S / mean(turns),
-        "overhead_s": mean(turns) - WAIT_S,
-        "overhead_p95_s": quantiles(turns, n=20)[-1] - WAIT_S,
-        "cpu_s": cpu_s / max(len(turns), 1),
-        "load": load,
-    }
+    assert len(turns) > 1, f"--seconds must allow two trials a worker, got {seconds:g}"
+    took, cpu_s, statements = zip(*turns, strict=True)
+    p95_s = quantiles(took, n=20, method="inclusive")[-1]
+    return (
+        f"| {workers} | {len(turns)} | {WAIT_S / mean(took):.3f} "
+        f"| {1000 * (mean(took) - WAIT_S):.0f} ms | {1000 * (median(took) - WAIT_S):.0f} ms "
+        f"| {1000 * (p95_s - WAIT_S):.0f} ms | {1000 * mean(cpu_s):.0f} ms "
+        f"| {1000 * server_s / len(turns):.0f} ms | {mean(statements):.0f} | {load:.1f} |"
+    )
 
 
-def begins(log: Path) -> dict[int, list[float]]:
+HEAD = """\
+| workers | trials | efficiency | overhead | median | 95 % below | worker's CPU a trial \
+| server's CPU a trial | statements a trial | load |
+|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
+
+
+def begins(log: Path) -> dict[int, list[Begin]]:
     found = defaultdict(list)
     for line in log.read_text().splitlines():
-        pid, moment = line.split()
-        found[int(pid)].append(float(moment))
+        pid, moment, cpu_s, statements = line.split()
+        found[int(pid)].append(Begin(float(moment), float(cpu_s), int(statements)))
     return found
 
 
-def cpu_of(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def cpu_of(server: psutil.Process) -> float:
+    """Seconds of CPU of a server's processes; those that have ended are in the first one's sum."""
+    own = server.cpu_times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for child in server.children():
+        with suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            total += times.user + times.system
+    return float(total)
+
+
+def binaries(named: str | None) -> str | None:
+    """The folder of PostgreSQL's binaries; None where `postgres.sh` is to find them."""
+    if named is not None or shutil.which("pg_config"):
+        return named
+    package = importlib.util.find_spec("pgserver")
+    if package is None or package.origin is None:
+        return None
+    return str(Path(package.origin).parent / "pginstall" / "bin")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--workers", default="1,4,16,32,64")
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--workers", help="default 1,4,16,32,64")
+    parser.add_argument("--trials", type=int, default=2000, help="in the study at the start")
+    parser.add_argument("--seconds", type=float, help="of each row, default 90")
+    parser.add_argument("--postgres", metavar="FOLDER", help="of PostgreSQL's binaries")
+    parser.add_argument("--quick", action="store_true", help="1, 8 and 64 workers, 60 s each")
     options = parser.parse_args()
-    server = ROOT / "storage" / "postgres.sh"
+    workers = options.workers or ("1,8,64" if options.quick else "1,4,16,32,64")
+    seconds = options.seconds or (60 if options.quick else 90)
+    found = binaries(options.postgres)
+    environment = {**os.environ, **({} if found is None else {"POSTGRES_BIN": found})}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)  # the server may run as another user
-        url = subprocess.check_output([server, "start", folder / "pg"], text=True).strip()
+        pg = folder / "pg"
+        started = [str(SERVER), "start", str(pg)]
+        url = subprocess.check_output(started, text=True, env=environment).strip()
         try:
             plan = folder / "plan.toml"
             plan.write_text(PLAN)
             began = time.monotonic()
             fill(url, plan, options.trials)
-            print(f"{options.trials} trials stored in {time.monotonic() - began:.0f} s", flush=True)
-            print("| workers | trials | efficiency | overhead | 95 % below | CPU a trial | load |")
-            print("|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-            for workers in map(int, options.workers.split(",")):
-                found = run(url, plan, workers, options.seconds, folder)
-                print(
-                    f"| {workers} | {found['trials']} | {found['efficiency']:.3f} "
-                    f"| {1000 * found['overhead_s']:.0f} ms "
-                    f"| {1000 * found['overhead_p95_s']:.0f} ms "
-                    f"| {1000 * found['cpu_s']:.0f} ms | {found['load']:.1f} |",
-                    flush=True,
-                )
+            version = sqlalchemy.create_engine(url).connect().exec_driver_sql("SHOW server_version")
+            print(
+                f"{os.cpu_count()} cores, PostgreSQL {version.scalar()}, {options.trials} trials "
+                f"stored in {time.monotonic() - began:.0f} s\n",
+                flush=True,
+            )
+            server = psutil.Process(int((pg / "data" / "postmaster.pid").read_text().split()[0]))
+            print(HEAD, flush=True)
+            for count in map(int, workers.split(",")):
+                print(run(url, plan, count, seconds, folder, server), flush=True)
         finally:
-            subprocess.run([server, "stop", folder / "pg"], check=False)
+            subprocess.run([str(SERVER), "stop", str(pg)], check=False, env=environment)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@
 #     storage/postgres.sh stop [FOLDER]     its data stay in FOLDER, storage/pg by default
 #
 # It listens on this machine alone, on a port that was free, and asks for a password of its own.
+# POSTGRES_BIN names the folder of the binaries where they are not in one of the usual places.
 set -euo pipefail
 
 action=${1:-}
 folder=$(realpath -m "${2:-$(dirname "$0")/pg}")
 
-if command -v pg_config >/dev/null && [ -x "$(pg_config --bindir)/initdb" ]; then
+if [ -n "${POSTGRES_BIN:-}" ]; then
+  binaries=$(realpath -m "$POSTGRES_BIN")
+elif command -v pg_config >/dev/null && [ -x "$(pg_config --bindir)/initdb" ]; then
   binaries=$(pg_config --bindir)
 else
   binaries=$(ls -d /usr/lib/postgresql/*/bin /opt/homebrew/opt/postgresql*/bin 2>/dev/null | sort -V | tail -n 1 || true)
@@ -24,7 +27,11 @@ fi
 # PostgreSQL refuses to run as root.
 if [ "$(id -u)" = 0 ]; then
   user=$(id -u postgres >/dev/null 2>&1 && echo postgres || echo nobody)
-  as() { (cd / && runuser -u "$user" -- "$@"); }
+  if runuser -u "$user" -- true 2>/dev/null; then
+    as() { (cd / && runuser -u "$user" -- "$@"); }
+  else
+    as() { (cd / && setpriv --reuid "$user" --regid "$(id -g "$user")" --clear-groups "$@"); }
+  fi
 else
   user=$(id -un)
   as() { "$@"; }
@@ -56,7 +63,7 @@ CONF
   restart) control --wait --mode immediate restart ;;
   stop) control --wait --mode fast stop ;;
   *)
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -2,8 +2,9 @@
 
 Its results depend on the setting alone, so that whoever measures it finds the same. Environment
 variables say how long it takes (ACCELSEARCH_STANDIN_S), which setting never ends
-(ACCELSEARCH_STANDIN_HANGS, as "5,2"), and where it tells what it measures
-(ACCELSEARCH_STANDIN_LOG).
+(ACCELSEARCH_STANDIN_HANGS, as "5,2"), where it tells what it measures (ACCELSEARCH_STANDIN_LOG),
+and to how many pages a SQLite file may grow (ACCELSEARCH_STANDIN_PAGES), after which SQLite finds
+its disk full.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import sqlalchemy
 
 from accelsearch.budget import violation
 from accelsearch.errors import TrialError
@@ -34,6 +37,13 @@ class StandIn:
         self.configuration = configuration
         self._pause_s = float(os.environ.get("ACCELSEARCH_STANDIN_S", "0"))
         self._log = os.environ.get("ACCELSEARCH_STANDIN_LOG")
+        pages = os.environ.get("ACCELSEARCH_STANDIN_PAGES")
+        if pages:
+
+            def limit(connection: sqlalchemy.Connection) -> None:
+                connection.exec_driver_sql(f"PRAGMA max_page_count = {int(pages)}")
+
+            sqlalchemy.event.listen(sqlalchemy.Engine, "begin", limit)
         say("loading")
 
     @staticmethod

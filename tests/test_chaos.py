@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +14,7 @@ import pytest
 from accelsearch import claims
 from accelsearch.export import export
 from accelsearch.storage import Outcome, StoredStudy, engine, open_storage, read_studies
+from tests.crew import Crew
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
@@ -33,70 +30,11 @@ max_retries = 100
 WORKERS, KILLS, SETTINGS = 8, 30, 100
 
 
-class Crew:
-    """Worker processes; whichever is killed is replaced, as a launcher does."""
-
-    def __init__(self, folder: Path, storage: str, pause_s: float) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-        self.plan = folder / "plan.toml"
-        self.plan.write_text(PLAN)
-        self.log = folder / "measured.log"
-        self.log.touch()
-        self.killed: dict[int, float] = {}
-        self.environment = {
-            **os.environ,
-            "ACCELSEARCH_STORAGE": storage,
-            "ACCELSEARCH_ARTIFACTS": str(folder / "artifacts"),
-            "ACCELSEARCH_BENCH": "tests.standin:StandIn",
-            "ACCELSEARCH_STANDIN_S": str(pause_s),
-            "ACCELSEARCH_STANDIN_LOG": str(self.log),
-            "OMP_NUM_THREADS": "1",
-        }
-        self.processes: list[subprocess.Popen[str]] = []
-
-    def start(self) -> None:
-        number = len(self.processes) + len(self.killed)
-        self.processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "accelsearch", "worker", str(self.plan)],
-                env=self.environment,
-                stdout=(self.folder / f"worker{number}.log").open("w"),
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-
-    def alive(self) -> bool:
-        return any(process.poll() is None for process in self.processes)
-
-    def at_work(self) -> list[subprocess.Popen[str]]:
-        """Those that have begun to measure: a worker that still imports holds nothing."""
-        begun = {int(line.split()[1]) for line in self.log.read_text().splitlines()}
-        return [one for one in self.processes if one.poll() is None and one.pid in begun]
-
-    def kill(self, process: subprocess.Popen[str]) -> None:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        self.killed[process.pid] = time.time()
-        self.processes.remove(process)
-
-    def wait(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        for process in self.processes:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-
-    def logs(self) -> str:
-        return "\n".join(
-            f"{file.name}: {file.read_text()[-600:]}" for file in sorted(self.folder.glob("*.log"))
-        )
-
-
 def test_killed_workers_and_a_restarted_database_lose_nothing_and_count_nothing_twice(
     postgres: Any, tmp_path: Path
 ) -> None:
     url = postgres.new_database()
-    crew = Crew(tmp_path, url, pause_s=0.6)
+    crew = Crew(tmp_path, url, pause_s=0.6, plan=PLAN)
     chance = random.Random(7)
     for _ in range(WORKERS):
         crew.start()
@@ -127,7 +65,7 @@ def test_killed_workers_and_a_restarted_database_lose_nothing_and_count_nothing_
     assert claims.all_workers(engine(database)) == ()
     assert _overlaps(crew) == []
 
-    calm = Crew(tmp_path / "calm", f"sqlite:///{tmp_path}/calm.db", pause_s=0)
+    calm = Crew(tmp_path / "calm", f"sqlite:///{tmp_path}/calm.db", pause_s=0, plan=PLAN)
     calm.start()
     calm.wait(120)
     undisturbed = open_storage(f"sqlite:///{tmp_path}/calm.db")

@@ -39,6 +39,7 @@ COMMANDS = (
     "run",
     "import",
     "status",
+    "dashboard",
     "doctor",
 )
 PLAN = {

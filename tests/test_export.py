@@ -21,7 +21,7 @@ from accelsearch.configuration import Budget, Plan
 from accelsearch.errors import ContractError, ExportError, StorageError
 from accelsearch.export import BOUNDS, PARAMS, Exported, export
 from accelsearch.measurement import Environment, Latency, Scores
-from accelsearch.report import keep_picture
+from accelsearch.pictures import keep_picture
 from accelsearch.storage import (
     Outcome,
     create_study,

@@ -97,7 +97,7 @@ def test_what_is_measured_already_is_not_tried_again(tmp_path: Path, database: B
 @pytest.mark.parametrize(
     ("params", "space", "told"),
     [
-        ({"cache_interval": 99, "cache_branch_id": 0}, {}, "cache_interval must be in 1..10"),
+        ({"cache_interval": 99, "cache_branch_id": 0}, {}, "cache_interval must be in 1..20"),
         ({"cache_interval": "2"}, {}, "cache_interval must be in"),
         ({"cache_interval": [2]}, {}, "cache_interval must be in"),
         ({}, {}, "must have a parameter of cache_branch_id, cache_interval"),

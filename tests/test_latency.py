@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 
 from accelsearch.configuration import LatencySettings
 from accelsearch.errors import TrialError
-from accelsearch.latency import dominated, measure_latency
+from accelsearch.latency import contender, dominated, measure_latency
 from accelsearch.measurement import Latency
 from accelsearch.methods import applied
 from accelsearch.pipelines import run_of
@@ -359,7 +360,14 @@ def test_earlier_pairs_count_and_are_not_timed_again(
 
 @pytest.mark.parametrize(
     ("noise", "incumbent", "pairs"),
-    [(0.01, 2.2, 2), (0.05, 2.2, 6), (None, 2.2, 6), (0.01, 2.0, 6), (0.01, 1.0, 6)],
+    [
+        (0.01, 2.2, 2),
+        (0.1, 2.2, 3),
+        (0.2, 2.2, 5),
+        (None, 2.2, 6),
+        (0.01, 2.0, 6),
+        (0.01, 1.0, 6),
+    ],
 )
 def test_a_slow_setting_is_given_up_as_soon_as_the_noise_allows(
     make_configuration: MakeConfiguration,
@@ -367,7 +375,8 @@ def test_a_slow_setting_is_given_up_as_soon_as_the_noise_allows(
     incumbent: float,
     pairs: int,
 ) -> None:
-    # Twice as fast: three times the noise below 2.2x is 2.13x, and 1.89x.
+    # Twice as fast, which lies 0.095 below 2.2x by the logarithm: the best of two, three, four and
+    # five pairs is rarely 1.47, 0.95, 0.63 and 0.39 times the noise too slow.
     timing = shared(FakePipeline(), make_configuration(), incumbent=incumbent, noise=noise)
     assert len(timing.latency.baseline_s) == pairs
     assert dominated(timing.latency, incumbent, noise) is (incumbent == 2.2)
@@ -378,3 +387,26 @@ def test_one_pair_alone_gives_nothing_up() -> None:
     assert not dominated(one, 100.0, 0.01)
     assert dominated(two, 100.0, 0.01)
     assert not dominated(two, None, 0.01)
+
+
+def test_the_fastest_is_timed_on_first_and_then_who_may_be_faster() -> None:
+    def told(*log_speedups: float) -> Latency:
+        return Latency(tuple(math.exp(one) for one in log_speedups), (1.0,) * len(log_speedups))
+
+    noisy = (-0.2, -0.1, 0.0, 0.0, 0.1, 0.2)
+    best, rival, slow, precise = (
+        told(*(middle + width * one for one in noisy))
+        for middle, width in ((1.0, 1.0), (0.95, 1.0), (0.0, 1.0), (0.9, 0.01))
+    )
+    assert contender([slow, rival, best], 0.03, 40) == 2
+    assert contender([slow, rival, best], 0.03, 6) is None  # all have as many pairs as they may
+    settled = told(*(1.0 + 0.01 * one for one in noisy))
+    assert contender([slow, rival, settled, precise], 0.03, 40) == 1
+    assert contender([slow, settled, precise], 0.03, 40) is None
+    assert contender([], 0.03, 40) is None
+
+
+def test_no_more_pairs_are_timed_than_asked_for(make_configuration: MakeConfiguration) -> None:
+    settings = {"min_pairs": 20, "max_pairs": 40}
+    timing = shared(FakePipeline(), make_configuration(), settings, pairs=7)
+    assert len(timing.latency.baseline_s) == 7

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import optuna
@@ -13,10 +14,10 @@ import psycopg
 import pytest
 import sqlalchemy
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from accelsearch import reconnect
+from accelsearch import reconnect, rows
+from accelsearch import storage as module
 from accelsearch.reconnect import PatientStorage, patiently, transient
 from accelsearch.storage import engine, open_storage
 
@@ -96,19 +97,27 @@ def test_what_is_no_matter_of_time_is_raised_at_once() -> None:
     assert len(tries) == 1
 
 
-def lost_answers(monkeypatch: pytest.MonkeyPatch, method: str) -> list[str]:
-    """Let every first call of a method do its work, and fail as if the answer were lost."""
-    real: Callable[..., Any] = getattr(RDBStorage, method)
+def lost_answers(monkeypatch: pytest.MonkeyPatch, what: str) -> list[str]:
+    """Let the first transaction in which `what` of `rows` is done be committed, and fail then."""
+    real: Callable[..., Any] = getattr(rows, what)
+    session = reconnect._create_scoped_session
+    done: list[str] = []
     lost: list[str] = []
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = real(self, *args, **kwargs)
-        if not lost:
-            lost.append(method)
-            raise wrapped(gone())
-        return result
+    def noted(*args: Any) -> Any:
+        done.append(what)
+        return real(*args)
 
-    monkeypatch.setattr(RDBStorage, method, call)
+    @contextmanager
+    def cut(scoped: Any) -> Iterator[Any]:
+        with session(scoped) as opened:
+            yield opened
+        if done and not lost:
+            lost.append(what)
+            raise wrapped(gone())
+
+    monkeypatch.setattr(rows, what, noted)
+    monkeypatch.setattr(reconnect, "_create_scoped_session", cut)
     return lost
 
 
@@ -118,7 +127,7 @@ def test_a_trial_that_was_ended_by_a_call_whose_answer_was_lost_is_ended_once(
     storage = PatientStorage("sqlite://")
     study = optuna.create_study(storage=storage)
     trial = study.ask()
-    lost = lost_answers(monkeypatch, "set_trial_state_values")
+    lost = lost_answers(monkeypatch, "end")
     study.tell(trial, 1.5)
     assert lost
     assert [(one.state, one.value) for one in study.trials] == [(TrialState.COMPLETE, 1.5)]
@@ -161,6 +170,26 @@ def test_every_operation_outlasts_a_restart_of_the_server(postgres: Any) -> None
     stored = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     assert [trial.value for trial in stored] == [float(one) for one in range(len(trials))]
     assert {trial.user_attrs["told"] for trial in stored} == set(range(len(trials)))
+
+
+@pytest.mark.postgres
+def test_a_connection_that_broke_while_it_rested_is_replaced(
+    postgres: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections = engine(open_storage(postgres.new_database()))
+    pids = []
+    monkeypatch.setattr(module, "_RESTED_S", 0.0)
+    for _ in range(3):
+        with connections.connect() as connection:
+            pids.append(connection.execute(sqlalchemy.text("SELECT pg_backend_pid()")).scalar())
+        end = sqlalchemy.create_engine(connections.url, poolclass=sqlalchemy.NullPool)
+        with end.connect() as other:
+            other.execute(sqlalchemy.text(f"SELECT pg_terminate_backend({pids[-1]}, 5000)"))
+    assert len(set(pids)) == 3
+    # What is used again at once is not looked at: that is for `patiently`.
+    monkeypatch.setattr(module, "_RESTED_S", 60.0)
+    with pytest.raises(sqlalchemy.exc.OperationalError), connections.connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT 1"))
 
 
 @pytest.mark.postgres

@@ -1,175 +1,56 @@
-"""Pictures that people judge by: what must stand where, pixel by pixel."""
+"""What a report says: from stored trials alone, estimates called so, and no number made up."""
 
 from __future__ import annotations
 
+import csv
+import io
+import random
+import sys
+import tomllib
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import optuna
 import pytest
-import torch
-from numpy.typing import NDArray
-from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 from PIL import Image
-from stored import ENVIRONMENT, configured, new_database
+from stored import ENVIRONMENT, add_trial, configured, measured, new_database
 
-from accelsearch.report import PICTURED, comparison, keep_picture, kept_picture
-from accelsearch.storage import create_study, open_storage
+from accelsearch.cli import main
+from accelsearch.configuration import Budget, Plan, SearchSettings, load_plan
+from accelsearch.errors import ExportError, StorageError
+from accelsearch.measurement import Latency, Measurement, ParamValue, Scores
+from accelsearch.pictures import Pair
+from accelsearch.report import report_to
+from accelsearch.report.findings import (
+    commands,
+    fewer_steps,
+    fewer_steps_told,
+    method_effects,
+    plan_of,
+    prompt_losses,
+    summary,
+    sureness,
+)
+from accelsearch.report.pages import LARGEST_BYTES, html_page, markdown
+from accelsearch.report.table import csv_table
+from accelsearch.storage import (
+    Outcome,
+    StoredStudy,
+    StoredTrial,
+    create_study,
+    open_storage,
+    read_studies,
+    read_study,
+    record,
+    record_verification,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
-
-SIDE = 256
-Box = tuple[int, int, int, int]  # left, upper, right, lower: the last two outside
-
-
-def baseline_colour(index: int) -> tuple[int, int, int]:
-    return (200, 20 * index, 0)
-
-
-def accelerated_colour(index: int) -> tuple[int, int, int]:
-    return (0, 20 * index, 200)
-
-
-def plain(colours: list[tuple[int, int, int]], height: int, width: int) -> torch.Tensor:
-    """Images of one colour each, uint8 [N, 3, H, W]."""
-    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, height, width)
-
-
-def compared(
-    count: int, *, height: int = 32, width: int = 32, prompts: list[str] | None = None
-) -> NDArray[np.uint8]:
-    picture = comparison(
-        plain([baseline_colour(index) for index in range(count)], height, width),
-        plain([accelerated_colour(index) for index in range(count)], height, width),
-        prompts or [f"prompt {index}" for index in range(count)],
-        title="2.00x: clip_score loss 1 % of 2 %",
-    )
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
-
-
-def box_of(pixels: NDArray[np.uint8], colour: tuple[int, int, int]) -> Box:
-    """Where a colour is; it must fill its box."""
-    rows, columns = np.nonzero((pixels == colour).all(axis=2))
-    left, upper, right, lower = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-    assert len(rows) == (right - left) * (lower - upper), f"{colour} is cut into"
-    return int(left), int(upper), int(right), int(lower)
-
-
-def inked(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    ink: NDArray[np.bool_] = (pixels != 255).any(axis=2)
-    return ink
-
-
-@pytest.mark.parametrize("count", range(1, PICTURED + 1))
-def test_every_prompt_has_its_baseline_left_and_its_accelerated_image_right(count: int) -> None:
-    pixels = compared(count)
-    height, width, _ = pixels.shape
-    boxes = []
-    for index in range(count):
-        left = box_of(pixels, baseline_colour(index))
-        right = box_of(pixels, accelerated_colour(index))
-        for box in (left, right):
-            assert (box[2] - box[0], box[3] - box[1]) == (SIDE, SIDE)
-            assert box[2] < width
-            assert box[3] < height
-        assert left[2] <= right[0] <= left[2] + 8, "a pair stands close together"
-        assert left[1] == right[1]
-        boxes.append((left[1], left[0], right[2]))
-    # In reading order, two pairs a row, and no pair touches the next.
-    assert boxes == sorted(boxes)
-    for index, (upper, start, _) in enumerate(boxes):
-        if index % 2:
-            assert upper == boxes[index - 1][0]
-            assert start > boxes[index - 1][2] + 8
-        elif index:
-            assert upper > boxes[index - 1][0] + SIDE
-            assert start == boxes[index - 2][1]
-
-
-def test_the_picture_grows_with_the_rows_and_fits_a_screen() -> None:
-    sizes = [compared(count).shape[:2] for count in range(1, PICTURED + 1)]
-    assert sizes[0][1] < sizes[1][1]  # one pair needs half of the width
-    assert len({width for _, width in sizes[1:]}) == 1
-    heights = [height for height, _ in sizes]
-    assert heights[0] == heights[1] < heights[2] == heights[3] < heights[4] == heights[5]
-    assert sizes[-1][1] <= 1200
-    assert sizes[-1][0] <= 1400
-
-
-def test_title_column_heads_and_captions_are_written() -> None:
-    pixels = compared(2)
-    left, upper, _, lower = box_of(pixels, baseline_colour(0))
-    right = box_of(pixels, accelerated_colour(0))[0]
-    ink = inked(pixels)
-    assert ink[:50].any()  # the title
-    assert ink[50:upper, left : left + SIDE].any()  # "baseline"
-    assert ink[50:upper, right : right + SIDE].any()  # "accelerated"
-    assert ink[lower:, left : left + 2 * SIDE].any()  # the prompt
-
-
-@pytest.mark.parametrize("size", [(8, 8), (128, 128), (256, 256), (1024, 1024), (2048, 2048)])
-def test_small_images_are_enlarged_and_large_ones_reduced(size: tuple[int, int]) -> None:
-    pixels = compared(2, height=size[0], width=size[1])
-    assert pixels.shape == compared(2).shape
-    for colour in (baseline_colour(1), accelerated_colour(1)):
-        left, upper, right, lower = box_of(pixels, colour)
-        assert (right - left, lower - upper) == (SIDE, SIDE)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "box"), [(1024, 512, (128, 256)), (32, 64, (256, 128))]
-)
-def test_images_keep_their_shape(height: int, width: int, box: tuple[int, int]) -> None:
-    left, upper, right, lower = box_of(compared(1, height=height, width=width), (200, 0, 0))
-    assert (right - left, lower - upper) == box
-
-
-def test_an_image_is_neither_turned_nor_mirrored_and_small_ones_stay_sharp() -> None:
-    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    image[0, 0] = 200  # red all over, but for
-    image[0, :, :2, 4:] = torch.tensor([0, 255, 0], dtype=torch.uint8)[:, None, None]
-    picture = comparison(image, plain([(0, 0, 200)], 8, 8), ["p"], title="t")
-    pixels = np.asarray(picture)
-    right, upper, _, _ = box_of(pixels, (0, 0, 200))
-    rows, columns = np.nonzero((pixels == (0, 255, 0)).all(axis=2))
-    assert (rows.min() - upper, rows.max() + 1 - upper) == (0, 64)
-    left = right - 4 - SIDE
-    assert (columns.min() - left, columns.max() + 1 - left) == (128, 256)
-    assert len(rows) == 64 * 128  # no blurred edge
-
-
-LONG = [
-    "a very detailed photograph of " + "a cat on a mat, " * 40,
-    "https://example.org/" + "x" * 400,
-    "一只戴着帽子的猫坐在垫子上" * 30,
-]
-
-
-@pytest.mark.parametrize("prompt", LONG, ids=["words", "link", "no spaces"])
-def test_a_long_prompt_stays_under_its_own_pair(prompt: str) -> None:
-    short = compared(4, prompts=["", "", "", ""])
-    long = compared(4, prompts=[prompt, "", "", ""])
-    assert long.shape == short.shape
-    rows, columns = np.nonzero((long != short).any(axis=2))
-    left, _, _, lower = box_of(short, baseline_colour(0))
-    right = box_of(short, accelerated_colour(0))[2]
-    below = box_of(short, baseline_colour(2))[1]
-    assert left - 1 <= columns.min()
-    assert columns.max() <= right
-    assert columns.max() > right - 60, "the caption uses its width"
-    assert lower <= rows.min()
-    assert rows.max() < below
-    assert rows.max() - rows.min() > 18, "two lines"
-
-
-def test_prompts_with_line_breaks_and_odd_letters_are_drawn() -> None:
-    assert compared(3, prompts=["one\n\ntwo\tthree", "\U0001f600 émoji", " "]).shape[0] > SIDE
-
-
-# Kept pictures
 
 
 @pytest.fixture
@@ -177,52 +58,387 @@ def database(tmp_path: Path) -> BaseStorage:
     return open_storage(new_database(tmp_path))
 
 
-@pytest.fixture
-def study(database: BaseStorage) -> optuna.Study:
-    return create_study(database, configured(), ENVIRONMENT, RandomSampler(seed=0))
+def opened(database: BaseStorage, environment: Any = ENVIRONMENT, **fields: Any) -> optuna.Study:
+    return create_study(database, configured(**fields), environment, RandomSampler(seed=0))
 
 
-def test_a_kept_picture_comes_back_for_its_own_trial_alone(
-    study: optuna.Study, database: BaseStorage, tmp_path: Path
-) -> None:
-    folder = tmp_path / "artifacts" / "new"
-    for colour in ("red", "blue"):
-        trial = study.ask()
-        keep_picture(folder, trial, Image.new("RGB", (6, 4), colour))
-        study.tell(trial, 1.0)
-    study.tell(study.ask(), 1.0)
-    reopened = open_storage(f"sqlite:///{tmp_path}/trials.db")
-    for number, pixel in enumerate([(255, 0, 0), (0, 0, 255)]):
-        png = kept_picture(folder, reopened, study.study_name, number)
-        assert png is not None
-        (tmp_path / "back.png").write_bytes(png)
-        with Image.open(tmp_path / "back.png") as picture:
-            assert picture.format == "PNG"
-            assert picture.size == (6, 4)
-            assert picture.convert("RGB").getcolors() == [(24, pixel)]
-    assert kept_picture(folder, reopened, study.study_name, 2) is None
-
-
-def test_a_picture_kept_in_another_folder_is_none(
-    study: optuna.Study, database: BaseStorage, tmp_path: Path
-) -> None:
-    keep_picture(tmp_path / "there", study.ask(), Image.new("RGB", (4, 4)))
-    assert kept_picture(tmp_path / "here", database, study.study_name, 0) is None
-    assert not (tmp_path / "here").exists()
-    assert kept_picture(tmp_path / "there", database, study.study_name, 0) is not None
-
-
-def test_other_artifacts_of_a_trial_are_not_taken_for_its_picture(
-    study: optuna.Study, database: BaseStorage, tmp_path: Path
-) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
+def add(study: optuna.Study, measurement: Measurement, outcome: Outcome = Outcome.FEASIBLE) -> int:
     trial = study.ask()
-    store = FileSystemArtifactStore(tmp_path)
-    upload_artifact(
-        artifact_store=store, file_path=str(tmp_path / "notes.txt"), study_or_trial=trial
+    record(trial, outcome, "told", measurement=measurement)
+    if outcome is Outcome.FEASIBLE:
+        study.tell(trial, measurement.latency.speedup)
+    else:
+        study.tell(trial, state=TrialState.PRUNED)
+    return trial.number
+
+
+# The summary
+
+
+def test_the_summary_names_speedup_loss_device_and_verification(database: BaseStorage) -> None:
+    study = opened(database)
+    number = add_trial(study, 2.5, 0.01)
+    told = summary([read_study(study)])
+    assert "sd15, DDIM, 50 steps, deepcache runs 2.50 times as fast on NVIDIA H200" in told
+    assert "clip_score loss 1 % of 2 %" in told
+    assert "not yet verified" in told
+    record_verification(study, number, 0, [Scores("clip_score", (100.0,) * 2000, (99.9,) * 2000)])
+    assert "; verified on prompts" in summary([read_study(study)])
+
+
+def test_where_nothing_is_feasible_the_summary_says_so(database: BaseStorage) -> None:
+    study = opened(database)
+    add_trial(study, 3.0, 0.05)
+    assert summary([read_study(study)]).startswith("No setting of 1 configuration")
+
+
+# Just fewer steps
+
+
+def timed(latency_s: float, speedup: float, scores: tuple[float, ...], loss: float) -> Measurement:
+    """A trial whose baseline takes this long and has these CLIP scores."""
+    clip = Scores("clip_score", scores, tuple(one * (1 - loss) for one in scores))
+    latency = Latency((latency_s,) * 6, (latency_s / speedup,) * 6)
+    return replace(measured(), latency=latency, scores=(clip,))
+
+
+def test_measured_baselines_of_fewer_steps_stand_beside_the_bound(database: BaseStorage) -> None:
+    fifty, some, few = (opened(database, steps=steps) for steps in (50, 25, 10))
+    add(fifty, timed(2.0, 4.0, (30.0, 34.0), 0.01))
+    add(some, timed(1.1, 1.5, (29.8, 33.8), 0.01))
+    add(few, timed(0.5, 1.5, (20.0, 30.0), 0.01))
+    everything = read_studies(database)
+    found = fewer_steps(everything[0], everything)
+    assert [one.steps for one in found] == [25, 10]
+    assert [one.speedup for one in found] == pytest.approx([2.0 / 1.1, 4.0])
+    assert [one.loss for one in found] == pytest.approx([0.4 / 64, 14 / 64])
+    assert [one.kept for one in found] == [True, False]
+    told = fewer_steps_told(everything[0], found)
+    assert told[0].startswith("25 steps without acceleration: 1.82x, clip_score loss 0.63 % of 2 %")
+    assert told[0].endswith("kept")
+    assert told[1].endswith("over budget")
+    assert told[2] == "Acceleration is 2.20 times as fast as the best of these within the budget"
+    assert len(told) == 3  # 10 steps are measured, and as fast: nothing is estimated
+
+
+def test_without_such_a_baseline_there_is_an_estimate_that_says_how_to_measure(
+    database: BaseStorage,
+) -> None:
+    study = opened(database)
+    add_trial(study, 2.0, 0.01)
+    stored = read_study(study)
+    assert fewer_steps(stored, [stored]) == []
+    (told,) = fewer_steps_told(stored, [])
+    assert "25 steps or fewer" in told
+    assert "estimated" in told
+    assert "not measured" in told
+    assert "add 25 to the plan's steps and run accelsearch bounds" in told
+
+
+@pytest.mark.parametrize(
+    "differing",
+    [
+        {"environment": replace(ENVIRONMENT, device="NVIDIA T4")},
+        {"environment": replace(ENVIRONMENT, versions={"torch": "2.9.0"})},
+        {"height": 768},
+        {"scheduler": "EulerDiscreteScheduler"},
+    ],
+    ids=["device", "torch", "height", "scheduler"],
+)
+def test_what_was_measured_elsewhere_is_not_compared(
+    database: BaseStorage, differing: dict[str, Any]
+) -> None:
+    study, other = opened(database), opened(database, **{"steps": 25, **differing})
+    for one in (study, other):
+        add_trial(one, 2.0, 0.01)
+    stored = read_study(study)
+    assert fewer_steps(stored, read_studies(database)) == []
+
+
+def test_the_loss_of_fewer_steps_is_left_open_for_other_metrics(database: BaseStorage) -> None:
+    budgets = (Budget(metric="ssim", max_loss=0.3),)
+    study, other = (opened(database, steps=steps, budgets=budgets) for steps in (50, 25))
+    for one in (study, other):
+        add_trial(one, 2.0, 0.01, ssim=0.9)
+    (found,) = fewer_steps(read_study(study), read_studies(database))
+    assert (found.loss, found.kept) == (None, None)
+
+
+# Methods
+
+
+def setting(interval: int, ratio: float) -> dict[str, ParamValue]:
+    return {"cache_interval": interval, "cache_branch_id": 0, "ratio": ratio}
+
+
+def test_a_method_that_slows_things_down_is_said_to(database: BaseStorage) -> None:
+    study = opened(database, methods=("deepcache", "tome"))
+    for speedup, params in (
+        (2.0, setting(3, 0.0)),
+        (1.8, setting(3, 0.5)),  # slower than without ToMe
+        (0.9, setting(1, 0.5)),  # ToMe alone: slower than no acceleration
+    ):
+        add_trial(study, speedup, 0.01, params=params)
+    found = {one.name: one for one in method_effects(read_study(study))}
+    assert found["deepcache"].verdict == "helped"
+    assert found["tome"].verdict == "slowed down"
+    assert found["tome"].told[0] == "0.90x to 0.90x as fast as without it, over 2 settings"
+    assert "best within the budget: 1.80x with it, 2.00x without it" in found["tome"].told
+    assert "certainly slower with it in 2 of 2" in found["tome"].told[-1]
+
+
+def test_a_method_that_was_never_off_is_not_compared(database: BaseStorage) -> None:
+    study = opened(database, methods=("deepcache", "tome"))
+    add_trial(study, 2.0, 0.01, params=setting(3, 0.5))
+    found = {one.name: one for one in method_effects(read_study(study))}
+    assert {one.verdict for one in found.values()} == {"not compared"}
+
+
+def test_a_difference_within_the_noise_is_no_effect(database: BaseStorage) -> None:
+    study = opened(database)
+    noisy = Latency((1.0, 1.2, 0.8, 1.1, 0.9, 1.0), (1.0,) * 6)
+    add(study, replace(measured(), latency=noisy))
+    (found,) = method_effects(read_study(study))
+    assert found.verdict == "no clear effect"
+
+
+# Prompts and certainty
+
+
+def test_prompts_are_told_worst_first_by_their_place_in_the_list(database: BaseStorage) -> None:
+    prompts = tuple(f"prompt {number}" for number in range(10))
+    study = opened(database, prompts=prompts)
+    order = configured(prompts=prompts).order
+    losses = [0.0] * 10
+    losses[order.index(7)], losses[order.index(2)] = 0.08, 0.05
+    clip = Scores("clip_score", (100.0,) * 10, tuple(100 * (1 - loss) for loss in losses))
+    ssim = Scores("ssim", None, tuple(1 - loss for loss in losses))
+    number = add(study, replace(measured(), scores=(clip, ssim)))
+    stored = read_study(study)
+    first, second, *rest = prompt_losses(stored, stored.trials[number])
+    assert (first.place, first.prompt) == (7, "prompt 7")
+    assert first.losses == ("clip_score loss 8.0 %", "SSIM 0.920")
+    assert second.place == 2
+    assert len(rest) == 8
+
+
+def test_sureness_tells_intervals_prompts_and_verification(database: BaseStorage) -> None:
+    study = opened(database)
+    number = add_trial(study, 2.5, 0.01)
+    told = dict(sureness(read_study(study), read_study(study).trials[number]))
+    assert told["Speedup"] == "2.50x from 6 pairs of calls, 95 % interval 2.50 to 2.50"
+    assert told["Loss, clip_score"] == "clip_score loss 1 % of 2 %, all 2 prompts of the search"
+    assert told["Verification"].startswith("none: set held_out_images")
+    record_verification(study, number, 0, [Scores("clip_score", (100.0,) * 500, (99.9,) * 500)])
+    told = dict(sureness(read_study(study), read_study(study).trials[number]))
+    assert told["Verification"].startswith("confirmed by 500 held-out prompts and seeds")
+    assert "clip_score loss 0.1 % of 2 %, interval" in told["Verification"]
+
+
+# Doing it again
+
+
+def test_the_plan_makes_the_same_study_again(database: BaseStorage, tmp_path: Path) -> None:
+    plan = Plan.model_validate(
+        {
+            "model": "shapes",
+            "methods": [["deepcache", "tgate"]],
+            "steps": [12],
+            "images": 9,
+            "resolution": [128, 64],
+            "negative_prompt": 'say "no" \\ to\nthis \x7f',
+            "budgets": [
+                {"metric": "clip_score", "max_loss": 0.03},
+                {"metric": "psnr", "floor_db": 20.5, "bound": 30.0},
+            ],
+            "space": {"cache_interval": {"low": 2, "high": 5}, "sp_interval": [1, 3]},
+            "search": {"sampler": "tpe", "timeout_s": 30.0},
+        }
     )
-    assert kept_picture(tmp_path, database, study.study_name, 0) is None
-    keep_picture(tmp_path, trial, Image.new("RGB", (4, 4)))
-    png = kept_picture(tmp_path, database, study.study_name, 0)
-    assert png is not None
-    assert png.startswith(b"\x89PNG")
+    (configuration,) = plan.configurations()
+    study = create_study(database, configuration, ENVIRONMENT, RandomSampler(seed=0))
+    file = tmp_path / "plan.toml"
+    file.write_text(plan_of(read_study(study)), encoding="utf-8")
+    (again,) = load_plan(file).configurations()
+    assert again == configuration
+    assert again.search == SearchSettings(sampler="tpe", timeout_s=30.0)
+
+
+def test_commands_set_every_param_of_the_best_quoted_for_a_shell(database: BaseStorage) -> None:
+    study = opened(database)
+    number = add_trial(study, params={"a": "x; rm -rf /", "b": True, "c": 0.5})
+    stored = read_study(study)
+    _, measure, _ = commands(stored, stored.trials[number])
+    assert measure == (
+        "accelsearch measure plan.toml --set 'a=x; rm -rf /' --set b=true --set c=0.5"
+    )
+
+
+# Files
+
+
+def test_every_format_is_written_by_the_ending_of_the_file(
+    database: BaseStorage, tmp_path: Path
+) -> None:
+    add_trial(opened(database), 2.5, 0.01)
+    begins = {"html": b"<!doctype html>", "md": b"# 2.50", "png": b"\x89PNG", "csv": b"study,"}
+    for kind, expected in begins.items():
+        out = tmp_path / "made" / f"report.{kind}"
+        report_to(out, database, artifacts=tmp_path / "none")
+        assert out.read_bytes().startswith(expected)
+    other = tmp_path / "report.txt"
+    report_to(other, database, artifacts=tmp_path / "none", kind="md")
+    assert other.read_text().startswith("# 2.50")
+    with Image.open(tmp_path / "made" / "report.png") as picture:
+        assert picture.width == 1200
+
+
+def test_what_cannot_be_reported_is_told_in_one_line(database: BaseStorage, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="there must be a study"):
+        report_to(tmp_path / "r.html", database, artifacts=tmp_path)
+    study = opened(database)
+    with pytest.raises(ExportError, match=r"must end in .html, .md, .png or .csv, got 'r.pdf'"):
+        report_to(tmp_path / "r.pdf", database, artifacts=tmp_path)
+    with pytest.raises(StorageError, match="no study is named"):
+        report_to(tmp_path / "r.html", database, artifacts=tmp_path, names=[study.study_name[:-1]])
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_studies_without_any_trial_have_a_report(database: BaseStorage, tmp_path: Path) -> None:
+    opened(database)
+    for kind in ("html", "md", "png", "csv"):
+        report_to(tmp_path / f"r.{kind}", database, artifacts=tmp_path)
+    assert "Nothing keeps its budget yet" in (tmp_path / "r.html").read_text()
+
+
+def test_csv_holds_each_trial_and_starts_no_formula(database: BaseStorage) -> None:
+    study = opened(database)
+    add_trial(study, 2.5, -0.01, params={"cache_interval": 3, "=name": "=1+1"})
+    add_trial(study, 3.0, 0.05)
+    first, second = csv.DictReader(io.StringIO(csv_table([read_study(study)])))
+    assert float(first["speedup"]) == pytest.approx(2.5)
+    assert float(first["loss:clip_score"]) == pytest.approx(-0.01)
+    assert (first["outcome"], second["outcome"]) == ("feasible", "over budget")
+    assert (first["best"], second["best"]) == ("True", "False")
+    assert first["param:=name"] == "'=1+1"
+    assert second["param:cache_branch_id"] == "0"
+
+
+def test_markdown_shows_text_from_outside_as_text(database: BaseStorage) -> None:
+    name = "a|b<script>alert(1)</script>[x](javascript:1)\n# no heading"
+    study = opened(database, model=name, prompts=(name, "b"))
+    add_trial(study)
+    text = markdown([read_study(study)], [])
+    assert "<script" not in text
+    assert "a\\|b&lt;script&gt;" in text
+    assert "[x](" not in text
+    assert "\n# no heading" not in text
+
+
+def test_markdown_ends_lists_and_tables_before_what_follows(database: BaseStorage) -> None:
+    study = opened(database)
+    add_trial(study, 2.5, 0.01)
+    stored = read_study(study)
+    lines = markdown([stored, stored], [stored]).splitlines()
+    for before, line in pairwise(lines):
+        if before.startswith(("- ", "|")) and not line.startswith(("- ", "|")):
+            assert line == ""
+
+
+# Size
+
+
+def large_study(trials: int = 500) -> StoredStudy:
+    """A study as it would be read: storing it takes longer than all else here."""
+    chance = random.Random(0)
+    images = 100
+    prompts = tuple(f"a photo of subject {number}, in some detail" for number in range(images))
+    configuration = configured(prompts=prompts, methods=("deepcache", "tgate"))
+    found = []
+    for number in range(trials):
+        params: dict[str, ParamValue] = {
+            "cache_interval": chance.randint(2, 9),
+            "cache_branch_id": chance.randint(0, 11),
+            "gate_step": chance.randint(5, 50),
+            "sp_interval": chance.randint(1, 5),
+            "warm_up": chance.randint(0, 5),
+        }
+        loss = 0.04 * chance.random()
+        outcome = Outcome.FEASIBLE if loss < 0.02 else Outcome.OVER_BUDGET
+        measurement = measured(1 + 2 * chance.random(), loss, params, images=images)
+        found.append(StoredTrial(number, outcome, "told", params, measurement))
+    return StoredStudy("large", configuration, ENVIRONMENT, tuple(found))
+
+
+def test_a_page_of_500_trials_and_large_images_stays_under_10_megabytes() -> None:
+    stored = large_study()
+    file = io.BytesIO()
+    Image.frombytes("RGB", (256, 256), random.Random(1).randbytes(3 * 256 * 256)).save(
+        file, "WEBP", lossless=True
+    )
+    noise = file.getvalue()
+    assert 12 * 3 * len(noise) * 4 / 3 > LARGEST_BYTES / 2  # not all of them fit
+    pairs = [Pair(place, noise, noise, noise) for place in range(12)]
+    page = html_page([stored], [stored], lambda study, trial: pairs)
+    assert len(page.encode()) < 10_000_000
+    shown = page.count('<figure class="pair">')
+    assert 0 < shown < 12
+    assert f"{12 - shown} more are kept" in page
+
+
+def test_the_plan_in_the_page_is_valid_toml(database: BaseStorage) -> None:
+    study = opened(database, model='quote " and \\ backslash')
+    add_trial(study)
+    assert tomllib.loads(plan_of(read_study(study)))["model"] == 'quote " and \\ backslash'
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--out", "r.pdf"], "a report must end in .html, .md, .png or .csv"),
+        (["--format", "doc"], "--format must be html, md, png or csv, got 'doc'"),
+        (["no-such-study"], "no study is named 'no-such-study'"),
+    ],
+)
+def test_the_command_refuses_bad_input_in_one_line(
+    database: BaseStorage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    add_trial(opened(database))
+    monkeypatch.chdir(tmp_path)
+    url = f"sqlite:///{tmp_path}/trials.db"
+    monkeypatch.setattr(sys, "argv", ["accelsearch", "report", "--storage", url, *arguments])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_the_command_writes_the_studies_that_are_named(
+    database: BaseStorage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second = opened(database), opened(database, steps=25)
+    for study in (first, second):
+        add_trial(study)
+    monkeypatch.chdir(tmp_path)
+    url = f"sqlite:///{tmp_path}/trials.db"
+    arguments = ["report", first.study_name, "--storage", url, "--out", "r.csv"]
+    monkeypatch.setattr(sys, "argv", ["accelsearch", *arguments])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 0
+    assert capsys.readouterr().out.split() == ["r.csv"]
+    text = (tmp_path / "r.csv").read_text()
+    assert first.study_name in text
+    assert second.study_name not in text

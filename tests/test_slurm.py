@@ -73,6 +73,41 @@ def test_jobs_measure_everything_once_and_a_cancelled_one_is_replaced(
         assert not file.is_file() or password.encode() not in file.read_bytes(), file
 
 
+@pytest.mark.slow
+def test_a_requeued_job_gives_its_trial_back_and_comes_again(
+    cluster: None, postgres: Any, tmp_path: Path
+) -> None:
+    url = postgres.new_database()
+    launch = Launch(
+        tmp_path,
+        *("--cluster", "slurm", "--gpus", "none", "--workers", "1", "--time-min", "10"),
+        url=url,
+        ACCELSEARCH_STANDIN_S="3",
+    )
+    try:
+        first = launch.await_trial()
+        (job,) = jobs()
+        # As preemption does: the job is ended, and waits for the machine again.
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        second = launch.await_trial(but=(first.pid,))
+        assert jobs() == [job]
+        assert second.pid != first.pid
+        assert launch.wait() == 0, launch.told()
+    finally:
+        launch.process.kill()
+        subprocess.run(["scancel", *jobs()], check=False, capture_output=True)
+    (study,) = read_studies(open_storage(url))
+    outcomes = Counter(trial.outcome for trial in study.trials)
+    # The trial of the first run was given back, and its setting measured by the second.
+    assert outcomes[Outcome.INTERRUPTED] == 1
+    assert Outcome.RUNNING not in outcomes
+    assert set(Counter(trial.setting for trial in study.measured).values()) == {1}
+    assert len(study.measured) == 12
+    (given_back,) = (one for one in study.trials if one.outcome is Outcome.INTERRUPTED)
+    assert given_back.setting in {trial.setting for trial in study.measured}
+    assert all_claims(engine(open_storage(url))) == ()
+
+
 def test_an_interrupt_ends_the_jobs(cluster: None, postgres: Any, tmp_path: Path) -> None:
     import signal
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from accelsearch import objective, report
+from accelsearch import objective, pictures
 from accelsearch import study as module
 from accelsearch.budget import Verdict, loss_told, violation
 from accelsearch.configuration import Budget, LatencySettings, SearchSettings
@@ -83,6 +83,7 @@ class Stand:
         self.scored: list[dict[str, ParamValue]] = []
         self.known: list[dict[str, ParamValue]] = []
         self.resumed: list[Measurement | None] = []
+        self.pairs: list[int | None] = []
 
     def __call__(self, configuration: Any, say: Callable[[str], None]) -> Any:
         self.configuration = configuration
@@ -119,8 +120,10 @@ class Stand:
         goal: float | None = None,
         noise: float | None = None,
         known: Measurement | None = None,
+        pairs: int | None = None,
     ) -> Result:
         self.measured.append(dict(params))
+        self.pairs.append(pairs)
         self.incumbents.append(incumbent)
         self.resumed.append(known)
         self.fault(params)
@@ -354,7 +357,9 @@ def test_the_speedup_to_beat_is_what_the_best_trial_reaches_beyond_the_noise(
             return Latency(baseline_s, (0.5,) * len(baseline_s))
 
     bench = Noisy()
-    found = lab.search(bench, trials=2)
+    pairs = len(baseline_s)
+    timing = LatencySettings(min_pairs=min(pairs, 6), max_pairs=pairs)  # all there will be
+    found = lab.search(bench, trials=2, latency=timing)
     assert found.study.trials[0].measurement is not None
     interval = found.study.trials[0].measurement.latency.interval()
     if known:
@@ -363,6 +368,63 @@ def test_the_speedup_to_beat_is_what_the_best_trial_reaches_beyond_the_noise(
         assert interval[0] < 1.9
     else:  # too few pairs for an interval: nobody knows what it reaches
         assert bench.incumbents == [None, None]
+
+
+class Timed(Stand):
+    """Its pairs scatter by up to 20 % around the speedup, evenly, so that more pairs tell more."""
+
+    def latency(self, params: Params) -> Latency:
+        pairs = self.pairs[-1] or 40
+        noise = [0.2 * ((index * 0.618) % 1 - 0.5) for index in range(pairs)]
+        return Latency(tuple(1 + one for one in noise), (1 / self.speedup(params),) * pairs)
+
+
+def test_settings_are_timed_coarsely_and_the_fastest_on_until_it_is_known(lab: Lab) -> None:
+    bench = Timed()
+    found = lab.search(bench, trials=12, sampler="grid")
+    assert bench.pairs[:12] == [6] * 12
+    assert found.best is not None
+    assert found.best.measurement is not None
+    assert found.best.measurement.latency.is_precise(0.03)
+    # It comes first, with twice as many pairs each time; then those that may be faster.
+    timed_on = [
+        pairs
+        for pairs, one in zip(bench.pairs[12:], bench.measured[12:], strict=True)
+        if one == found.best.params
+    ]
+    assert timed_on == [12, 24, 40][: len(timed_on)]
+    assert {one["cache_interval"] for one in bench.measured[12:]} == {3}  # 2 is far slower
+    assert [one.resumes is None for one in found.study.trials].count(True) == 12
+    again = Timed()
+    assert lab.search(again, trials=12, sampler="grid").best == found.best
+    assert again.loaded == 0
+
+
+def test_a_rival_that_may_be_faster_is_timed_on_too_and_stays_feasible(lab: Lab) -> None:
+    rivals = Parameter("cache_branch_id", "choice", 0, "", "", choices=(0, 1))
+    bench = Timed((INTERVAL.within(2, 3), rivals))
+    bench.speedup = lambda params: 1.5 - 0.01 * float(params["cache_branch_id"])  # type: ignore[method-assign]
+    found = lab.search(bench, trials=4, sampler="grid")
+    timed_on = {setting(params) for params in bench.measured[4:]}
+    assert len(timed_on) > 1
+    kept = [one for one in found.study.current if one.outcome is Outcome.FEASIBLE]
+    assert len(kept) == 4
+
+
+def test_the_answer_to_a_goal_is_timed_on_where_it_may_fall_short(lab: Lab) -> None:
+    bench = Timed()
+    found = lab.search(bench, goal=1.45, trials=12, sampler="grid")
+    assert found.answer is not None
+    assert found.answer.measurement is not None
+    latency = found.answer.measurement.latency
+    interval = latency.interval()
+    assert interval is not None
+    assert interval[0] >= 1.45 or latency.is_precise(0.03) or len(latency.baseline_s) == 40
+    assert max(one or 0 for one in bench.pairs) > 6
+    sure = Timed()
+    other = lab.search(sure, goal=1.2, trials=12, sampler="grid")
+    assert other.answer is not None
+    assert sure.measured == []  # it surely reaches this, however coarsely it is timed
 
 
 @pytest.mark.parametrize("reason", ["images contain NaN", "images are black", "out of GPU memory"])
@@ -436,12 +498,13 @@ def test_a_feasible_trial_alone_leaves_a_picture(lab: Lab) -> None:
         Outcome.DOMINATED,
     ]
     storage = open_storage(lab.url)
-    pictures = [
-        report.kept_picture(lab.artifacts, storage, found.study.name, number) for number in range(3)
+    kept = [
+        pictures.kept_picture(lab.artifacts, storage, found.study.name, number)
+        for number in range(3)
     ]
-    assert pictures[0] is not None
-    assert pictures[0].startswith(b"\x89PNG")
-    assert pictures[1:] == [None, None]
+    assert kept[0] is not None
+    assert kept[0].startswith(b"\x89PNG")
+    assert kept[1:] == [None, None]
 
 
 def test_a_picture_that_cannot_be_kept_costs_no_measurement(
@@ -450,7 +513,7 @@ def test_a_picture_that_cannot_be_kept_costs_no_measurement(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "keep_picture", full)
+    monkeypatch.setattr(pictures, "keep_picture", full)
     events = Events()
     found = lab.search(Stand(), events, trials=1)
     assert found.best is not None

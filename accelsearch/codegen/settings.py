@@ -104,7 +104,7 @@ ACCELERATORS = {
         Accelerator(
             "deepcache",
             (
-                Setting("cache_interval", 1, 10, identity=lambda steps: 1),
+                Setting("cache_interval", 1, 20, identity=lambda steps: 1),
                 Setting("cache_branch_id", 0, 11),
             ),
             _SD,

@@ -17,12 +17,14 @@ from accelsearch.methods.patching import STABLE_DIFFUSION, denoiser_of, forward_
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_LARGEST = 20  # interval: few steps computed, but on a forgiving model images may hold
+
 _INTERVAL = Parameter(
     name="cache_interval",
     kind="int",
     default=3,
     low=1,
-    high=10,
+    high=_LARGEST,
     identity=1,
     meaning="One step in this many computes the whole UNet; the others reuse its deep part.",
     source="arXiv:2312.00858, section 3.3 (N); DeepCacheSDHelper.set_params",
@@ -120,7 +122,7 @@ def _intervals(scheduler: Any, steps: int) -> tuple[int, ...]:
     fresh = type(scheduler).from_config(scheduler.config)
     fresh.set_timesteps(steps)
     smallest: dict[tuple[bool, ...], int] = {}
-    for interval in range(2, 11):
+    for interval in range(2, _LARGEST + 1):
         full = tuple(index % interval == 0 for index in library_index(fresh))
         smallest.setdefault(full, interval)
     return tuple(interval for full, interval in smallest.items() if not all(full)) or (1,)

@@ -276,7 +276,7 @@ def test_a_search_that_breaks_the_files_is_one_failed_task(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"cache_interval": None}, "cache_interval must be a whole number in 1..10, got None"),
+        ({"cache_interval": None}, "cache_interval must be a whole number in 1..20, got None"),
         ({"cache_interval": 2.0}, "cache_interval must be"),
         ({"cache_interval": True}, "cache_interval must be"),
         ({"cache_interval": "2); import os"}, "cache_interval must be"),

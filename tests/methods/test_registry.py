@@ -136,10 +136,10 @@ def test_split_sorts_params_by_method_and_keeps_methods_without_any(log: list[st
     ("params", "message"),
     [
         ({"cache_intervall": 3}, "unknown parameter 'cache_intervall' of deepcache; did you mean "),
-        ({"cache_interval": 11}, "cache_interval must be in 1..10, got 11"),
-        ({"cache_interval": 0}, "cache_interval must be in 1..10, got 0"),
-        ({"cache_interval": True}, "cache_interval must be in 1..10, got True"),
-        ({"cache_interval": 2.5}, "cache_interval must be in 1..10, got 2.5"),
+        ({"cache_interval": 21}, "cache_interval must be in 1..20, got 21"),
+        ({"cache_interval": 0}, "cache_interval must be in 1..20, got 0"),
+        ({"cache_interval": True}, "cache_interval must be in 1..20, got True"),
+        ({"cache_interval": 2.5}, "cache_interval must be in 1..20, got 2.5"),
         ({"cache_branch_id": "0"}, "cache_branch_id must be in 0..11, got '0'"),
     ],
 )

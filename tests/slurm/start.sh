@@ -45,6 +45,8 @@ $mark
 ClusterName=accelsearch
 SlurmctldHost=$host(127.0.0.1)
 AuthType=auth/munge
+# A requeued job waits until its credential has expired: 120 s by default.
+AuthInfo=cred_expire=10
 SlurmUser=root
 SlurmdUser=root
 ProctrackType=proctrack/linuxproc

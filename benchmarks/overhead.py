@@ -1,0 +1,130 @@
+"""What a search costs beside its measurements: the share of everything that is none.
+
+    make bench-overhead          (or: python benchmarks/overhead.py --device cuda --trials 30)
+
+Searches the bundled model with the product's own bench, and sums up what is measured: loading,
+baseline images, timing (with its warm-up), images, scores, held-out prompts. What is left of the
+study's wall time is the machinery: choosing settings, methods put on and taken off between the
+calls, statistics, pictures, the database. Exit code 1 where it is more than 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+
+from accelsearch.configuration import load_plan
+from accelsearch.measurement import ParamValue, Scores
+from accelsearch.objective import Bench, Result, environment_of
+from accelsearch.storage import engine, open_storage
+from accelsearch.study import search
+
+PLAN = Path(__file__).parent.parent / "studies" / "shapes-demo.toml"
+LIMIT = 0.02
+# The parts of a trial, as it stores them, and of a study.
+MEASURED = {
+    "loading": "imports of libraries, and loading the pipeline",
+    "baseline": "baseline images, the first of which warm up",
+    "latency": "warming up and timing",
+    "images": "accelerated images",
+    "scores": "loading the scorers, and scoring",
+    "held-out": "images and scores of held-out prompts",
+}
+SPENT: Counter[str] = Counter()
+
+
+@contextmanager
+def clock(part: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        SPENT[part] += time.perf_counter() - began  # type: ignore[assignment]
+
+
+class Clocked(Bench):
+    """A bench that adds up what it spends."""
+
+    def __init__(self, *of: Any) -> None:
+        with clock("loading"):
+            super().__init__(*of)
+
+    def measure(self, params: Mapping[str, ParamValue], **question: Any) -> Result:
+        with clock("measure"):
+            result = super().measure(params, **question)
+        SPENT.update(result.seconds)  # type: ignore[arg-type]
+        return result
+
+    def held_out_scores(self, params: Mapping[str, ParamValue]) -> tuple[Scores, ...]:
+        with clock("held-out"):
+            return super().held_out_scores(params)
+
+
+@contextmanager
+def clocked_database(of: sqlalchemy.Engine) -> Iterator[None]:
+    began = [0.0]
+
+    def before(*_: Any) -> None:
+        began[0] = time.perf_counter()
+
+    def after(*_: Any) -> None:
+        SPENT["database"] += time.perf_counter() - began[0]  # type: ignore[assignment]
+        SPENT["statements"] += 1
+
+    sqlalchemy.event.listen(of, "before_cursor_execute", before)
+    sqlalchemy.event.listen(of, "after_cursor_execute", after)
+    yield
+    sqlalchemy.event.remove(of, "before_cursor_execute", before)
+    sqlalchemy.event.remove(of, "after_cursor_execute", after)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--trials", type=int, help="default: as many as the plan says")
+    parser.add_argument("--storage", help="URL; a SQLite file of its own without it")
+    options = parser.parse_args()
+    changes: dict[str, Any] = {"device": options.device}
+    configuration = load_plan(options.plan, changes).configurations()[0]
+    if options.trials:
+        limits = configuration.search.model_copy(update={"trials": options.trials})
+        configuration = configuration.model_copy(update={"search": limits})
+    environment = environment_of(configuration)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        storage = open_storage(options.storage or f"sqlite:///{folder}/trials.db")
+        began = time.perf_counter()
+        with clocked_database(engine(storage)):
+            found = search(configuration, storage, artifacts=folder, bench=Clocked)
+        wall_s = time.perf_counter() - began
+    measured = {part: float(SPENT[part]) for part in MEASURED if SPENT[part]}
+    rest_s = wall_s - sum(measured.values())
+    within = ("baseline", "latency", "images", "scores")
+    around_s = SPENT["measure"] - sum(measured.get(part, 0.0) for part in within)
+    other_s = rest_s - around_s - SPENT["database"]
+    rows = [(MEASURED[part], took_s) for part, took_s in measured.items()]
+    rows += [
+        ("**everything else**", rest_s),
+        ("- statistics and methods between the calls", around_s),
+        (f"- waiting for the database ({SPENT['statements']} statements)", SPENT["database"]),
+        ("- choosing settings, pictures, reading and writing trials", other_s),
+        ("the study", wall_s),
+    ]
+    print(f"{environment.device}, {len(found.study.trials)} trials, {found.stopped}\n")
+    print("| part | seconds | share |\n|---|---:|---:|")
+    for told, took_s in rows:
+        print(f"| {told} | {took_s:.2f} | {100 * took_s / wall_s:.2f} % |")
+    return 0 if rest_s <= LIMIT * wall_s else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
