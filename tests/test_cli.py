@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 from ast import literal_eval
@@ -327,6 +328,45 @@ def test_the_help_of_every_command_has_an_example_that_works(
     assert all((ROOT / part).is_file() for part in arguments if part.endswith(".toml"))
 
 
+def test_commands_are_listed_in_the_order_of_the_work(run: Run) -> None:
+    listed = run("--help").out
+    groups = ["Search", "Results", "Code", "This machine"]
+    places = [listed.index(f"─ {group} ─") for group in groups]
+    assert places == sorted(places)
+    first = [re.findall(rf"─ {group} ─.*\n│ (\w+)", listed) for group in groups]
+    assert first == [["bounds"], ["export"], ["tasks"], ["methods"]]
+    # Each stands in a group: a new one must be given its own.
+    assert "─ Commands ─" not in listed
+
+
+def test_an_error_of_the_database_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sqlalchemy
+
+    from accelsearch import export, storage
+
+    def fail(*_: object, **__: object) -> None:
+        cause = sqlite3.OperationalError("disk I/O error\nand more")
+        raise sqlalchemy.exc.OperationalError("SELECT secret", {"a": "value"}, cause)
+
+    monkeypatch.setattr(export, "export", fail)
+    monkeypatch.setattr(storage, "open_storage", lambda url, **_: None)
+    said = run("export").said_one_line()
+    assert "disk I/O error" in said
+    assert "secret" not in said
+
+
+def test_who_reads_no_further_gets_no_traceback(exports: Path) -> None:
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m accelsearch tasks --ratio 0.5 | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr
+    assert "Error" not in done.stderr
+
+
 def _doing_nothing_like(callback: Any) -> Any:
     import functools
 
@@ -505,9 +545,8 @@ def test_bounds_searches_goes_on_and_is_read_by_the_others(
     shown = run("status")
     assert shown.code == 0
     assert shown.err == ""
-    # A long name is broken, never cut: it is what `export --study` wants.
-    column = (line.split("│")[1].strip() for line in shown.out.splitlines() if "│" in line)
-    assert "".join(column) == name
+    # On a line of its own, to be copied: it is what `export --study` wants.
+    assert name in shown.out.splitlines()
     assert "feasible" in shown.out
     (as_json,) = json.loads(run("status", "--json").out)["studies"]
     assert as_json["study"] == name
