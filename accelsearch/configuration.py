@@ -324,21 +324,26 @@ class SearchSettings(_Frozen):
 class LatencySettings(_Frozen):
     """How often one setting is timed.
 
-    Timing stops once the half width of the 95 % interval is at most `precision` times the
-    speedup, which takes 6 pairs at least, or after `max_pairs`.
+    A setting is timed with `min_pairs`, of which a 95 % interval takes 6. Those that may be the
+    answer are timed on until half the width of the interval is at most `precision` times the
+    speedup, or to `max_pairs`.
     """
 
     min_pairs: int = Field(
         default=6,
         ge=1,
-        description="The fewest pairs of one baseline and one accelerated call. A 95 % interval "
-        "takes 6.",
+        description="The pairs of one baseline and one accelerated call that each setting gets. A 95 % "
+        "interval takes 6.",
     )
-    max_pairs: int = Field(default=40, ge=1, description="The most pairs; at least min_pairs.")
+    max_pairs: int = Field(
+        default=40,
+        ge=1,
+        description="The most pairs of a setting that may be the answer; at least min_pairs.",
+    )
     precision: float = Field(
         default=0.03,
         gt=0,
-        description="Timing stops once half of the 95 % interval is at most this share of the "
+        description="The answer is timed until half of its 95 % interval is at most this share of the "
         "speedup.",
     )
     warmup: int = Field(
