@@ -34,6 +34,7 @@ COMMANDS = (
     "measure",
     "methods",
     "export",
+    "report",
     "tasks",
     "codegen",
     "run",
