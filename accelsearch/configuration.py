@@ -332,8 +332,8 @@ class LatencySettings(_Frozen):
     min_pairs: int = Field(
         default=6,
         ge=1,
-        description="The pairs of one baseline and one accelerated call that each setting gets. A 95 % "
-        "interval takes 6.",
+        description="The pairs of one baseline and one accelerated call that each setting gets. "
+        "A 95 % interval takes 6.",
     )
     max_pairs: int = Field(
         default=40,
@@ -343,8 +343,8 @@ class LatencySettings(_Frozen):
     precision: float = Field(
         default=0.03,
         gt=0,
-        description="The answer is timed until half of its 95 % interval is at most this share of the "
-        "speedup.",
+        description="The answer is timed until half of its 95 % interval is at most this share of "
+        "the speedup.",
     )
     warmup: int = Field(
         default=1, ge=0, description="Full calls of each of the two that are not timed."
