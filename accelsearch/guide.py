@@ -61,7 +61,7 @@ _PRESENCE = 0.5
 # The cost of a setting whose images are over the budget at first sight, of one that is told to be
 # slow, and of one that is measured in full (6 pairs), in calls of the baseline, where an
 # accelerated call takes half as long.
-_COST_OVER, _COST_SLOW, _COST_FULL = 1.0, 2.5, 9.5
+_COST_OVER, _COST_SLOW, _COST_FULL = 2.0, 3.5, 9.5
 
 _Array = NDArray[np.float64]
 

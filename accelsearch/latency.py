@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from accelsearch.configuration import Configuration
 
-__all__ = ["Calls", "Timing", "contender", "dominated", "measure_latency"]
+__all__ = ["Calls", "Timing", "comparable", "contender", "dominated", "measure_latency"]
 
 _FEW = 2  # pairs, without which nothing is given up: one slow call is no reason
 _UNLUCKY = 0.005  # the chance that all pairs of a setting as fast as another tell it is slower
@@ -139,7 +139,7 @@ def measure_latency(
             count >= most
             or dominated(latency, incumbent, noise)
             or (count >= settings.min_pairs and latency.is_precise(settings.precision))
-            or (_comparable(latency, incumbent, noise) and calls.over())
+            or (comparable(latency, incumbent, noise) and calls.over())
         ):
             return Timing(
                 latency,
@@ -161,11 +161,7 @@ def dominated(latency: Latency, incumbent: float | None, noise: float | None = N
     interval = latency.interval()
     if interval is not None:
         return interval[1] < incumbent
-    pairs = len(latency.baseline_s)
-    if pairs < _FEW or not noise:
-        return False
-    luck = NormalDist().inv_cdf(_UNLUCKY ** (1 / pairs))  # of the best of so many
-    return math.log(latency.best_pair) < math.log(incumbent) + luck * noise
+    return len(latency.baseline_s) >= _FEW and _falls_short(latency, incumbent, noise)
 
 
 def contender(latencies: Sequence[Latency], precision: float, max_pairs: int) -> int | None:
@@ -193,10 +189,22 @@ def contender(latencies: Sequence[Latency], precision: float, max_pairs: int) ->
     return max(rivals, key=lambda index: ends[index][1], default=None)
 
 
-def _comparable(latency: Latency, incumbent: float | None, noise: float | None) -> bool:
-    """Whether `dominated` could tell by now; until then no image is worth scoring."""
-    enough = _FEW if noise else 6
-    return incumbent is None or len(latency.baseline_s) >= enough
+def _falls_short(latency: Latency, incumbent: float, noise: float | None) -> bool:
+    """Whether the best of a few pairs is too slow for a setting as fast as the incumbent."""
+    if not noise:
+        return False
+    luck = NormalDist().inv_cdf(_UNLUCKY ** (1 / len(latency.baseline_s)))  # of the best of them
+    return math.log(latency.best_pair) < math.log(incumbent) + luck * noise
+
+
+def comparable(latency: Latency, incumbent: float | None, noise: float | None) -> bool:
+    """Whether the images are worth scoring: not where another pair may tell that it is slow."""
+    if incumbent is None:
+        return True
+    pairs = len(latency.baseline_s)
+    if not noise:
+        return pairs >= 6
+    return pairs >= _FEW or not _falls_short(latency, incumbent, noise)
 
 
 class _Repeated:

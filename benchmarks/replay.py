@@ -46,7 +46,7 @@ from accelsearch.budget import Verdict, candidate_alpha, decide, verify
 from accelsearch.configuration import Budget
 from accelsearch.contract import within
 from accelsearch.guide import Guide, Observation
-from accelsearch.latency import contender, dominated
+from accelsearch.latency import comparable, contender, dominated
 from accelsearch.measurement import Latency, Scores, pair_noise
 from accelsearch.methods import Parameter, effective
 from accelsearch.quality import ClipScore, Psnr, Ssim
@@ -55,7 +55,7 @@ DATA = Path(__file__).parent / "data"
 METRICS = {"clip_score": ClipScore(), "psnr": Psnr(), "ssim": Ssim()}
 BUDGETS = ("clip_score=0.02:0.1", "clip_score=0.005:0.1", "ssim=0.03:0.2", "psnr=25:30")
 MIN_PAIRS, MAX_PAIRS, PRECISION = 6, 40, 0.03  # the product's
-FIRST_LOOK, FEW = 8, 2  # prompts, and pairs to compare settings by
+FIRST_LOOK = 8  # prompts
 WARM_UP_ERROR = 0.2  # of the log speedup that a warm-up call tells, where nothing was timed
 REACHED = 0.98
 
@@ -328,10 +328,10 @@ class Ours:
         trial = search.begin(setting)
         while not trial.ended:
             pairs = len(trial.ratios)
-            comparable = least is None or pairs >= (FEW if noise else MIN_PAIRS)
+            looked = pairs > 0 and comparable(trial.latency, least, noise)
             if pairs and dominated(trial.latency, least, noise):
                 trial.ended = "dominated"
-            elif trial.verdict is Verdict.UNDECIDED and comparable and trial.seen >= FIRST_LOOK:
+            elif trial.verdict is Verdict.UNDECIDED and looked and trial.seen >= FIRST_LOOK:
                 trial.verdict = search.judged(trial)
                 if trial.verdict is Verdict.OVER:
                     trial.ended = "over budget"
