@@ -726,7 +726,7 @@ def test_pages_show_what_the_database_holds_while_trials_are_written(
         assert "NVIDIA H200 (cuda" in text
 
         assert "budget 2 %" in text
-        assert "Best feasible speedup as the search went on" in text
+        assert "Best feasible speedup so far" in text
         drawn = pages.page.evaluate(
             "document.getElementById('user-defined-plot:speedup-against-loss').data"
         )
