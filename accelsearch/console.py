@@ -20,7 +20,7 @@ from accelsearch.budget import loss_told
 from accelsearch.codegen import Batch, Status, Task
 from accelsearch.configuration import Configuration
 from accelsearch.doctor import Finding
-from accelsearch.measurement import Environment, ParamValue, score_loss
+from accelsearch.measurement import Environment, ParamValue, score_loss, settings_told
 from accelsearch.queries import fastest_feasible, outcomes
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 from accelsearch.study import Found, Progress
@@ -33,7 +33,6 @@ __all__ = [
     "bounds_table",
     "findings_table",
     "progress_on",
-    "settings",
     "speedup",
     "stages_on",
     "targets_table",
@@ -60,19 +59,10 @@ def progress_on(console: Console, worker: str | None = None) -> Iterator[Progres
         live.stop()
 
 
-def settings(params: Mapping[str, ParamValue]) -> str:
-    """Params as a person reads them: `cache_branch_id=0, cache_interval=3`."""
-    shown = (
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in params.items()
-    )
-    return ", ".join(shown) or "nothing to set"
-
-
 def told(trial: StoredTrial) -> str:
     """One trial in one line."""
     speed = "" if trial.speedup is None else f"{trial.speedup:.2f}x{_warning(trial)}  "
-    return f"{speed}{settings(trial.params)}: {trial.outcome.value} ({trial.reason})"
+    return f"{speed}{settings_told(trial.params)}: {trial.outcome.value} ({trial.reason})"
 
 
 def verification_told(study: StoredStudy, verification: Verification) -> str:
@@ -168,7 +158,7 @@ class LiveProgress:
             self._live.start()
 
     def trial_started(self, params: Mapping[str, ParamValue]) -> None:
-        self._began, self._params = time.monotonic(), settings(params)
+        self._began, self._params = time.monotonic(), settings_told(params)
 
     def doing(self, what: str) -> None:
         self._doing = what
@@ -456,7 +446,7 @@ def _losses(trial: StoredTrial, study: StoredStudy) -> str:
 
 
 def _lines(params: Mapping[str, ParamValue]) -> str:
-    return settings(params).replace(", ", "\n")
+    return settings_told(params).replace(", ", "\n")
 
 
 def _pruned(counted: Mapping[Outcome, int]) -> str:

@@ -33,10 +33,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from accelsearch.budget import loss_told, violation
 from accelsearch.configuration import Budget
-from accelsearch.console import settings, speedup, verification_told
+from accelsearch.console import speedup, verification_told
 from accelsearch.errors import DashboardError, StorageError
 from accelsearch.figures import search_time, speedup_against_loss
-from accelsearch.measurement import Scores, score_loss
+from accelsearch.measurement import Scores, score_loss, settings_told
 from accelsearch.queries import fastest_feasible, outcomes, targeted
 from accelsearch.storage import StoredStudy, StoredTrial, Verification, is_ours, read_both
 
@@ -362,7 +362,7 @@ def note(study: StoredStudy) -> str:
     else:
         shown = re.sub(r"([\[\]])", r"\\\1", speedup(best))
         lines += [f"**{shown}** is the fastest within the budget, by trial {best.number}:", ""]
-        lines += [f"- {_code(settings(best.params))}"]
+        lines += [f"- {_code(settings_told(best.params))}"]
         losses = ((best.loss(budget), budget) for budget in study.configuration.budgets)
         lines += [f"- {loss_told(loss, budget)}" for loss, budget in losses if loss is not None]
         verification = study.verifications.get(best.number)

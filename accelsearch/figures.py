@@ -21,7 +21,7 @@ from plotly.subplots import make_subplots
 
 from accelsearch.budget import loss_told
 from accelsearch.configuration import Budget
-from accelsearch.measurement import ParamValue, score_loss
+from accelsearch.measurement import ParamValue, score_loss, settings_told
 from accelsearch.queries import fastest_feasible, is_refuted, pareto_front
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
@@ -36,7 +36,6 @@ __all__ = [
     "parameter_effects",
     "parameter_importances",
     "search_time",
-    "settings_told",
     "speedup_against_loss",
     "varied",
 ]
@@ -126,15 +125,6 @@ def loss_axis(budget: Budget) -> Axis:
     if budget.metric == "ssim":
         return Axis("score loss: 1 − mean SSIM", 1.0, "")
     return Axis(f"score loss: fall of the mean {budget.metric} (%)", 100.0, " %")
-
-
-def settings_told(params: Mapping[str, ParamValue]) -> str:
-    """Params as a person reads them: `cache_branch_id=0, cache_interval=3`."""
-    shown = (
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in params.items()
-    )
-    return ", ".join(shown) or "nothing to set"
 
 
 def speedup_against_loss(study: StoredStudy) -> go.Figure:

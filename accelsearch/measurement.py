@@ -31,6 +31,7 @@ __all__ = [
     "score_losses",
     "scores_from",
     "scores_to",
+    "settings_told",
 ]
 
 METRICS = ("clip_score", "psnr", "ssim")
@@ -210,6 +211,15 @@ class Scores:
         for score in (*(self.baseline or ()), *self.accelerated):
             if not math.isfinite(score):
                 raise ValueError(f"a score must be finite, got {score!r}")
+
+
+def settings_told(params: Mapping[str, ParamValue]) -> str:
+    """Params as a person reads them: `cache_branch_id=0, cache_interval=3`."""
+    shown = (
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in params.items()
+    )
+    return ", ".join(shown) or "nothing to set"
 
 
 def pair_noise(latencies: Iterable[Latency]) -> float | None:

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from accelsearch.claims import Claim, WorkerRow, all_claims, all_workers
-from accelsearch.console import settings, speedup
+from accelsearch.console import speedup
 from accelsearch.heartbeat import gone
+from accelsearch.measurement import settings_told
 from accelsearch.queries import fastest_feasible, outcomes
 from accelsearch.storage import Outcome, StoredStudy, engine, read_studies
 
@@ -127,7 +128,7 @@ def studies_table(status: Status) -> RenderableType:
             lines.add_row("  best", "none feasible")
         else:
             lines.add_row("  best", Text(speedup(best), "bold"))
-            lines.add_row("", Text(settings(best.params)))
+            lines.add_row("", Text(settings_told(best.params)))
         lines.add_row("  trials", Text(", ".join(counted) or "none"))
         for reason, count in failures(study).most_common(5):
             lines.add_row("", Text(f"{count}x {reason}", "yellow"))
@@ -170,6 +171,6 @@ def ago(seconds: float) -> str:
 def _doing(status: Status, row: WorkerRow) -> str:
     claim = status.claim(row)
     if claim is not None:
-        return f"{settings(claim.params)} ({ago(claim.age_s)})"
+        return f"{settings_told(claim.params)} ({ago(claim.age_s)})"
     study = None if row.study_id is None else status.names.get(row.study_id)
     return "waiting" if study is None else f"at {study}"

@@ -7,10 +7,11 @@ strategy sees of it what a search sees: a draw of timed pairs, and the losses of
 random order. It is charged the seconds of the calls that it looked at.
 
 - The seconds of a call are in proportion to its prompts: `--batch` of them, where the table has
-  the seconds of 64. A GPU that is busy behaves so. Every call of a setting is charged the same,
+  the seconds of many. A GPU that is busy behaves so. Every call of a setting is charged the same,
   the baseline's median over the setting's speedup.
-- Speedups are drawn around the recorded one, with the recorded residuals of all settings and a
-  random sign. They are inflated for the few pairs that they come from.
+- Pairs are drawn around a setting's speedup, with the recorded residuals of all settings and a
+  random sign. They are inflated for the few pairs that they come from. The speedup itself is that
+  of the setting's calls beside all of the baseline's.
 - The images of timed calls are scored, for every strategy. The baseline's images and scores are
   charged once. So each setting that is measured in full costs 6 pairs and one warm-up call, which
   is less than with calls for images alone, as the old way made them.

@@ -20,14 +20,13 @@ from accelsearch.console import (
     bounds_table,
     findings_table,
     progress_on,
-    settings,
     stages_on,
     targets_table,
     told,
     verification_told,
 )
 from accelsearch.doctor import Finding
-from accelsearch.measurement import Environment, Latency, Measurement, Scores
+from accelsearch.measurement import Environment, Latency, Measurement, Scores, settings_told
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 from accelsearch.study import Found
 
@@ -101,10 +100,10 @@ def test_a_terminal_gets_a_live_view_and_a_pipe_plain_lines() -> None:
 
 
 def test_settings_and_trials_are_told_in_a_line() -> None:
-    assert settings({"cache_interval": 3, "ratio": 0.123456, "mode": "x"}) == (
+    assert settings_told({"cache_interval": 3, "ratio": 0.123456, "mode": "x"}) == (
         "cache_interval=3, ratio=0.1235, mode=x"
     )
-    assert settings({}) == "nothing to set"
+    assert settings_told({}) == "nothing to set"
     assert told(OVER) == (
         "3.00x  cache_interval=3, cache_branch_id=0: over budget (clip_score loss 5 % of 2 %)"
     )

@@ -17,8 +17,15 @@ from typing import Any
 from accelsearch.budget import ALPHA, candidate_alpha, loss_told
 from accelsearch.configuration import Budget, Configuration, Range
 from accelsearch.contract import within
-from accelsearch.figures import loss_axis, settings_told
-from accelsearch.measurement import Latency, ParamValue, Scores, score_loss, score_losses
+from accelsearch.figures import loss_axis
+from accelsearch.measurement import (
+    Latency,
+    ParamValue,
+    Scores,
+    score_loss,
+    score_losses,
+    settings_told,
+)
 from accelsearch.methods import METHODS, active
 from accelsearch.queries import (
     exhausted,

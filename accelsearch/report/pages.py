@@ -20,7 +20,7 @@ from PIL import Image
 
 from accelsearch import __version__, figures
 from accelsearch.budget import loss_told
-from accelsearch.measurement import Environment, score_loss
+from accelsearch.measurement import Environment, score_loss, settings_told
 from accelsearch.pictures import AMPLIFIED, Pair
 from accelsearch.queries import fastest_feasible, outcomes
 from accelsearch.report import findings
@@ -203,7 +203,7 @@ def _bound(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
         "latency": _seconds(latency.accelerated_median_s),
         "baseline": _seconds(latency.baseline_median_s),
         "losses": losses,
-        "settings": figures.settings_told(trial.params),
+        "settings": settings_told(trial.params),
         "trust": _trust(study, trial),
     }
 

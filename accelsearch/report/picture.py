@@ -10,7 +10,8 @@ from math import ceil, floor, log10
 from PIL import Image, ImageDraw, ImageFont
 
 from accelsearch.budget import loss_told
-from accelsearch.figures import loss_axis, settings_told
+from accelsearch.figures import loss_axis
+from accelsearch.measurement import settings_told
 from accelsearch.queries import fastest_feasible, pareto_front
 from accelsearch.report.findings import name_of
 from accelsearch.storage import Outcome, StoredStudy
