@@ -14,9 +14,10 @@ import pytest
 @contextmanager
 def chromium() -> Iterator[Any]:
     """An open browser of Playwright's."""
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
     if executable is None:
-        pytest.skip("needs Chromium: no chromium or google-chrome on the PATH")
+        pytest.skip(f"needs Chromium: none of {', '.join(names)} is on the PATH")
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(

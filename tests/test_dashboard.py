@@ -43,20 +43,11 @@ from accelsearch.storage import (
     record_verification,
     running_trial,
 )
+from tests.browser import chromium
 from tests.stored import ENVIRONMENT, configured, measured, new_database
 
 pytest.importorskip("optuna_dashboard", reason="optuna-dashboard comes with the dashboard extra")
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-SWITCHES = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 ENDS = {
     Outcome.FEASIBLE: TrialState.COMPLETE,
     Outcome.FAILED: TrialState.FAIL,
@@ -631,13 +622,8 @@ def test_a_storage_that_is_not_there_is_told_in_one_line_and_not_made(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is a dev extra")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=list(SWITCHES))
-        yield chromium
-        chromium.close()
+    with chromium() as opened:
+        yield opened
 
 
 class Pages:

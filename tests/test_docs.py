@@ -26,6 +26,7 @@ import typer.main
 
 from accelsearch import cli
 from accelsearch.configuration import Budget, LatencySettings, Plan, SearchSettings, load_plan
+from tests.browser import chromium
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -432,10 +433,6 @@ def test_source_files_that_pages_link_to_are_pages_of_the_site(built: Path) -> N
 
 @pytest.mark.browser
 def test_pages_load_in_a_browser_without_errors_and_are_found_by_the_search(built: Path) -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("needs Chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
     from threading import Thread
@@ -449,11 +446,7 @@ def test_pages_load_in_a_browser_without_errors_and_are_found_by_the_search(buil
     here = f"http://127.0.0.1:{server.server_port}/"
     problems: list[str] = []
     try:
-        with playwright.sync_playwright() as started:
-            browser = started.chromium.launch(
-                executable_path=chromium,
-                args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-            )
+        with chromium() as browser:
             page = browser.new_page(color_scheme="dark", viewport={"width": 400, "height": 800})
             page.on("console", lambda said: said.type == "error" and problems.append(said.text))
             page.on("pageerror", lambda error: problems.append(str(error)))
@@ -483,7 +476,6 @@ def test_pages_load_in_a_browser_without_errors_and_are_found_by_the_search(buil
                 link.get_attribute("href") or ""
                 for link in page.query_selector_all(".md-search-result__link")
             )
-            browser.close()
     finally:
         server.shutdown()
         server.server_close()
