@@ -62,7 +62,8 @@ def progress_on(console: Console, worker: str | None = None) -> Iterator[Progres
 def told(trial: StoredTrial) -> str:
     """One trial in one line."""
     speed = "" if trial.speedup is None else f"{trial.speedup:.2f}x{_warning(trial)}  "
-    return f"{speed}{settings_told(trial.params)}: {trial.outcome.value} ({trial.reason})"
+    earlier = "" if trial.resumes is None else f", trial {trial.resumes} measured further"
+    return f"{speed}{settings_told(trial.params)}{earlier}: {trial.outcome.value} ({trial.reason})"
 
 
 def verification_told(study: StoredStudy, verification: Verification) -> str:

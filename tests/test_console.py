@@ -107,6 +107,10 @@ def test_settings_and_trials_are_told_in_a_line() -> None:
     assert told(OVER) == (
         "3.00x  cache_interval=3, cache_branch_id=0: over budget (clip_score loss 5 % of 2 %)"
     )
+    assert told(replace(OVER, resumes=2)) == (
+        "3.00x  cache_interval=3, cache_branch_id=0, trial 2 measured further: over budget "
+        "(clip_score loss 5 % of 2 %)"
+    )
     assert told(FAILED) == "cache_interval=5, cache_branch_id=0: failed (images contain NaN)"
 
 
