@@ -416,9 +416,7 @@ class _Scoring:
         self._score = score
         self._collected: _Collected | None = None
         seen = len(known[0].accelerated) if known else 0
-        self._next = -(-seen // bench._size)  # the batch to be scored next
-        # Where nothing is left to score, the calls that are timed make the first images once more.
-        self._first = 0 if self._is_decided else self._next
+        self._first = self._next = -(-seen // bench._size)  # the batch to be scored next
         # Of the whole batches alone: a smaller one takes less time.
         self._whole = max(bench.configuration.images // bench._size, 1)
         self._made: dict[int, torch.Tensor] = {}  # by batch, not scored yet
@@ -436,8 +434,6 @@ class _Scoring:
         number = self.batch_of(index)
         if accelerated:
             found = pipelines.pixels(images)
-            if number < self._next and number == len(self._pictures):
-                self._pictures.append(found)
             # The calls go on from the first batch to the last whole one; what follows is known.
             if number >= self._next and self._first + index < self._whole:
                 self._made[number] = found

@@ -32,6 +32,7 @@ __all__ = [
     "PICTURED",
     "Pair",
     "comparison",
+    "hand_on",
     "keep_pairs",
     "keep_picture",
     "kept_pairs",
@@ -47,7 +48,7 @@ AMPLIFIED = 4
 
 _WORST, _OTHERS = 8, 4  # prompts whose images are kept
 _LARGEST, _LOSSLESS = 768, 256  # px of the longer side: kept at most, and kept to the last bit
-_GAP, _MARGIN, _SIDE = 8, 16, 256
+_GAP, _MARGIN, _SIDE, _TITLED = 8, 16, 256, 56
 _INK, _FAINT, _PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 _NAME, _PAIRS = "comparison.png", "images.zip"
 
@@ -77,14 +78,14 @@ def comparison(
     pair = 2 * _SIDE + _GAP // 2
     columns = min(2, len(prompts))
     rows = -(-len(prompts) // columns)
-    heading, text = ImageFont.load_default(22), ImageFont.load_default(14)
+    text = ImageFont.load_default(14)
     caption = 44
-    top = 84
+    top = _TITLED + 28
     width = 2 * _MARGIN + columns * pair + (columns - 1) * 3 * _GAP
     height = top + rows * (_SIDE + caption + _GAP) + _MARGIN
     canvas = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(canvas)
-    pen.text((_MARGIN, 18), title, _INK, heading)
+    _title(pen, title)
     for column in range(columns):
         left = _MARGIN + column * (pair + 3 * _GAP)
         pen.text((left, top - 24), "baseline", _FAINT, text)
@@ -152,6 +153,27 @@ def keep_pairs(
     _keep(folder, trial, _PAIRS, "application/zip", write)
 
 
+def hand_on(folder: Path, trial: optuna.Trial, earlier: int, *, title: str) -> bool:
+    """Give a trial the pictures of an earlier one with its params; whether there were any.
+
+    `earlier` is the number of a trial of the same study. The comparison gets a `title` of its own.
+    """
+    storage, study = trial.study._storage, trial.study.study_name
+    picture = _kept(folder, storage, study, earlier, _NAME)
+    pairs = _kept(folder, storage, study, earlier, _PAIRS)
+    if picture is None:
+        return False
+    with Image.open(io.BytesIO(picture)) as kept:
+        canvas = kept.convert("RGB")
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle((0, 0, canvas.width, _TITLED - 1), _PAPER)
+    _title(pen, title)
+    keep_picture(folder, trial, canvas)
+    if pairs is not None:
+        _keep(folder, trial, _PAIRS, "application/zip", lambda file: _write(file, pairs))
+    return True
+
+
 def kept_picture(folder: Path, storage: BaseStorage, study: str, number: int) -> bytes | None:
     """The PNG of a trial's comparison; None where there is none in this folder."""
     return _kept(folder, storage, study, number, _NAME)
@@ -203,6 +225,14 @@ def _kept(folder: Path, storage: BaseStorage, study: str, number: int, name: str
             with store.open_reader(meta.artifact_id) as file:
                 return bytes(file.read())
     return None
+
+
+def _title(pen: ImageDraw.ImageDraw, title: str) -> None:
+    pen.text((_MARGIN, 18), title, _INK, ImageFont.load_default(22))
+
+
+def _write(file: Path, data: bytes) -> None:
+    file.write_bytes(data)
 
 
 def _image(pixels: torch.Tensor) -> Image.Image:

@@ -626,8 +626,7 @@ class _Trial:
         )
         if result.outcome is not Outcome.FEASIBLE:
             raise optuna.TrialPruned(result.outcome.value)
-        if result.images is not None:
-            self._keep_picture(trial, result)
+        self._keep_pictures(trial, result, resumes)
         return result.measurement.latency.speedup
 
     def _repeat(self, trial: optuna.Trial, known: StoredTrial) -> float:
@@ -654,29 +653,36 @@ class _Trial:
         assert known.speedup is not None
         return known.speedup
 
-    def _keep_picture(self, trial: optuna.Trial, result: Result) -> None:
+    def _keep_pictures(self, trial: optuna.Trial, result: Result, resumes: int | None) -> None:
+        """Keep what this trial shows of its setting, or what the one that it goes on with has."""
+        title = f"{result.measurement.latency.speedup:.2f}x: {result.reason}"
+        artifacts = self._search._artifacts
+        try:
+            if result.images is not None:
+                self._keep_made(artifacts, trial, result, title)
+            elif resumes is not None:
+                pictures.hand_on(artifacts, trial, resumes, title=title)
+        except OSError as error:
+            # The measurement took minutes, and is worth keeping without its picture.
+            self._progress.warned(f"no picture in {artifacts}: {error.strerror}")
+
+    def _keep_made(self, artifacts: Path, trial: optuna.Trial, result: Result, title: str) -> None:
         assert result.images is not None
         images, configuration = result.images, self._stored.configuration
         baseline, prompts = self._bench.baseline_images(len(images))
-        title = f"{result.measurement.latency.speedup:.2f}x: {result.reason}"
         first = pictures.PICTURED
         picture = pictures.comparison(
             baseline[:first], images[:first], prompts[:first], title=title
         )
         places = pictures.telling(result.measurement, configuration, len(images))
-        artifacts = self._search._artifacts
-        try:
-            pictures.keep_picture(artifacts, trial, picture)
-            pictures.keep_pairs(
-                artifacts,
-                trial,
-                baseline[places],
-                images[places],
-                [configuration.order[place] for place in places],
-            )
-        except OSError as error:
-            # The measurement took minutes, and is worth keeping without its picture.
-            self._progress.warned(f"no picture in {artifacts}: {error.strerror}")
+        pictures.keep_picture(artifacts, trial, picture)
+        pictures.keep_pairs(
+            artifacts,
+            trial,
+            baseline[places],
+            images[places],
+            [configuration.order[place] for place in places],
+        )
 
 
 def _told_by(measurement: Measurement) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from accelsearch.pictures import (
     AMPLIFIED,
     PICTURED,
     comparison,
+    hand_on,
     keep_pairs,
     keep_picture,
     kept_pairs,
@@ -269,6 +270,29 @@ def test_kept_images_come_back_bit_by_bit_with_their_difference(
     assert shades[0, 0].tolist() == [0, 0, 0]  # the same in both
     assert shades[5, 5].tolist() == [3 * AMPLIFIED] * 3
     assert pixels_of(second.difference)[5, 5].tolist() == [255] * 3  # and no more
+
+
+def test_a_trial_that_goes_on_with_another_has_its_pictures_under_a_title_of_its_own(
+    study: optuna.Study, database: BaseStorage, tmp_path: Path
+) -> None:
+    first, second, third = study.ask(), study.ask(), study.ask()
+    images, others = images_of(10, 200), images_of(20, 100)
+    keep_picture(tmp_path, first, comparison(images, others, ["one", "two"], title="3.00x: first"))
+    keep_pairs(tmp_path, first, images, others, [4, 7])
+    assert hand_on(tmp_path, second, first.number, title="3.10x: second")
+    assert not hand_on(tmp_path, third, third.number, title="none")
+    name = study.study_name
+    before, after = (kept_picture(tmp_path, database, name, one.number) for one in (first, second))
+    assert before is not None
+    assert after is not None
+    was, now = (np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in (before, after))
+    told = comparison(images, others, ["one", "two"], title="3.10x: second")
+    assert (now == np.asarray(told)).all()
+    assert (now != was).any()
+    kept = kept_pairs(tmp_path, database, name, first.number)
+    assert [one.prompt for one in kept] == [4, 7]
+    assert kept_pairs(tmp_path, database, name, second.number) == kept
+    assert kept_picture(tmp_path, database, name, third.number) is None
 
 
 def test_large_images_are_reduced(

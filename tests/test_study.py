@@ -156,7 +156,7 @@ class Stand:
                 if losses
             },
             seconds={"latency": 1.5},
-            images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8) if scores else None,
+            images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8) if scores and not known else None,
         )
 
     def baseline_images(self, count: int) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -387,6 +387,14 @@ def test_settings_are_timed_coarsely_and_the_fastest_on_until_it_is_known(lab: L
     assert found.best.measurement is not None
     assert found.best.measurement.latency.is_precise(0.03)
     # It comes first, with twice as many pairs each time; then those that may be faster.
+    first, *_, last = (one for one in found.study.trials if one.params == found.best.params)
+    assert last.resumes is not None
+    by_number = [
+        pictures.kept_picture(lab.artifacts, open_storage(lab.url), found.study.name, one.number)
+        for one in (first, last)
+    ]
+    assert all(by_number)  # the images are those of the first, the speedup is its own
+    assert by_number[0] != by_number[1]
     timed_on = [
         pairs
         for pairs, one in zip(bench.pairs[12:], bench.measured[12:], strict=True)
