@@ -40,7 +40,7 @@ from accelsearch.methods import Parameter, active
 __all__ = ["GAIN", "Guide", "Observation", "Proposal"]
 
 GAIN = 0.01  # an improvement of 1 % is not worth a search
-HOPELESS = 0.01  # a smaller chance of an improvement is none
+HOPELESS = 0.003  # a smaller chance of an improvement is none
 
 # What a linear slope and the smooth deviation from it are worth, as standard deviations of the log
 # speedup and of the tamed loss over a parameter's whole range, and the lengths of the deviation
@@ -180,7 +180,7 @@ class Guide:
             best = int(np.lexsort((self._noise(candidates), self._from_default[candidates]))[0])
         elif chances.max() < HOPELESS:
             self.reason = (
-                f"no setting has a chance of {HOPELESS:.0%} to keep the budgets at a speedup of "
+                f"no setting has a chance of {HOPELESS:.1%} to keep the budgets at a speedup of "
                 f"{math.exp(aim) * (1 + gain):.3g}"
             )
             return None

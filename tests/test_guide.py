@@ -216,7 +216,7 @@ def test_it_stops_where_everything_is_slower_than_the_baseline() -> None:
 
     measured, found, _ = search(CACHE, truth, SSIM)
     assert found < 1
-    assert len(measured) < 30
+    assert len(measured) < 40  # of 108
 
 
 def test_a_speedup_out_of_reach_is_given_up_and_one_within_reach_is_not() -> None:
