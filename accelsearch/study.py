@@ -374,9 +374,8 @@ class _Search:
             if _setting(space, params) not in tried:
                 return params
         sampler = self._settings.sampler
-        if any(
-            one.state is TrialState.WAITING for one in self._trials
-        ):  # imported ones, to be tried first
+        # Imported ones are to be tried first.
+        if any(one.state is TrialState.WAITING for one in self._trials):
             return None
         chance = random.Random(self._settings.seed + len(stored.trials) + self._lane)  # noqa: S311
         if sampler == _GUIDED:
