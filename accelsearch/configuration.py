@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import threading
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -696,23 +697,33 @@ def _schedulers() -> frozenset[str]:
     return _classes_of_diffusers("Scheduler")
 
 
-@cache
 def _classes_of_diffusers(ending: str) -> frozenset[str]:
-    """The names of the classes that diffusers exports and that end in `ending`.
+    """The names of the classes that diffusers exports and that end in `ending`."""
+    with _READING:
+        names = _strings_of_diffusers()
+    if not any(name.endswith(ending) for name in names):
+        # A later diffusers may list its names elsewhere.
+        names = frozenset(dir(importlib.import_module("diffusers")))
+    return frozenset(name for name in names if name.endswith(ending) and name.isidentifier())
 
-    They are read in the source of its lazy `__init__`: importing it imports torch, which takes
-    seconds, and a plan should fail in milliseconds.
+
+# Python 3.11 fails where two threads build a syntax tree at once, as those of the dashboard may
+# (https://github.com/python/cpython/issues/106905).
+_READING = threading.Lock()
+
+
+@cache
+def _strings_of_diffusers() -> frozenset[str]:
+    """The strings in the source of its lazy `__init__`, which lists all that it exports.
+
+    Importing it imports torch, which takes seconds, and a plan should fail in milliseconds.
     """
     spec = importlib.util.find_spec("diffusers")
     if spec is None or spec.origin is None:
         raise PlanError("diffusers must be installed; run: pip install diffusers")
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    names = {name for name in strings if isinstance(name, str)}
-    if not any(name.endswith(ending) for name in names):
-        # A later diffusers may list its names elsewhere.
-        names = set(dir(importlib.import_module("diffusers")))
-    return frozenset(name for name in names if name.endswith(ending) and name.isidentifier())
+    values = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return frozenset(value for value in values if isinstance(value, str))
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

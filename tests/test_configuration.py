@@ -1,11 +1,14 @@
 """Plan files: what they expand to, and the one line that tells what is wrong with them."""
 
+import gc
 import hashlib
 import json
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -218,6 +221,22 @@ def test_names_are_those_that_diffusers_exports() -> None:
         "LMSDiscreteScheduler",
     }
     assert {"StableDiffusionPipeline", "StableDiffusionXLPipeline"} <= module._pipelines()
+
+
+def test_names_are_known_to_threads_that_ask_at_once() -> None:
+    # In Python 3.11 two syntax trees that grow at once break each other, if a garbage collection
+    # lets the other thread run in between.
+    def let_others_run(*_: Any) -> None:
+        time.sleep(1e-4)
+
+    gc.callbacks.append(let_others_run)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            module._strings_of_diffusers.cache_clear()
+            known = list(pool.map(lambda _: module._pipelines(), range(8)))
+    finally:
+        gc.callbacks.remove(let_others_run)
+    assert len(set(known)) == 1
 
 
 def test_overrides_replace_single_keys(write: Write) -> None:
