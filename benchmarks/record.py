@@ -6,7 +6,12 @@ Every setting is timed in pairs with the baseline, from an idle device to an idl
 search does, and the images of those calls are scored, prompt by prompt. A call is timed on one
 batch of prompts after the other, so that all prompts have their image after as many calls.
 
-The file is an .npz without pickled objects; G settings, P pairs, N prompts, B calls of a batch:
+A baseline call takes several times as long as the accelerated ones, and where the host launches
+its kernels slowly it varies more. So a pair may hold several accelerated calls, which tell one
+setting from another: `--calls`.
+
+The file is an .npz without pickled objects; G settings, P pairs of C accelerated calls each, N
+prompts, B calls of a batch:
 
 | array               | type, shape    | what                                                 |
 |---------------------|----------------|------------------------------------------------------|
@@ -15,7 +20,7 @@ The file is an .npz without pickled objects; G settings, P pairs, N prompts, B c
 | visited             | int16 [G]      | the place in the order of measuring                  |
 | failed              | bool [G]       | no usable images; meta tells why, the rest is NaN    |
 | baseline_s          | float64 [G, P] | seconds of a baseline call; call i made batch i mod B |
-| accelerated_s       | float64 [G, P] | seconds of the accelerated call beside it            |
+| accelerated_s       | float64 [G, PC] | seconds of the accelerated calls, pair by pair      |
 | warmup_s            | float64 [G]    | seconds of the accelerated call before them          |
 | score_s             | float64 [G, B] | seconds of scoring one batch                         |
 | clip_score          | float32 [G, N] | 0..100                                               |
@@ -93,6 +98,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=288, help="of all three splits together")
     parser.add_argument("--batch", type=int, default=288, help="images of one call")
     parser.add_argument("--pairs", type=int, default=6, help="no fewer than calls for all prompts")
+    parser.add_argument("--calls", type=int, default=1, help="accelerated ones in each pair")
     parser.add_argument("--limit", type=int, help="record so many settings, evenly spread")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the file, on the same machine"
@@ -107,7 +113,7 @@ def main() -> int:
     if options.prompts % len(SPLITS) or options.prompts % options.batch:
         parser.error("--prompts must be a multiple of 3, the splits, and of --batch")
     configuration = configured(options)
-    recorder = Recorder(configuration, options.pairs)
+    recorder = Recorder(configuration, options.pairs, options.calls)
     grid = grid_of(recorder.space)
     chosen = np.linspace(0, len(grid) - 1, min(options.limit or len(grid), len(grid)))
     rows = np.unique(chosen.round().astype(int)).tolist()
@@ -119,7 +125,7 @@ def main() -> int:
     meta = described(configuration, recorder, len(grid))
     print(
         f"{meta['environment']['device']}, {configuration.dtype}: {len(rows)} of {len(grid)} "
-        f"settings, {recorder.pairs} pairs of each, "
+        f"settings, {recorder.pairs} pairs of each with {recorder.calls} accelerated calls, "
         f"a baseline call takes {min(recorder.baseline_image_s):.3f} s",
         flush=True,
     )
@@ -206,6 +212,7 @@ def described(configuration: Configuration, recorder: Recorder, grid: int) -> di
         "prompts_sha256": hashlib.sha256("\n".join(recorder.prompts).encode()).hexdigest(),
         "seed": configuration.seed,
         "splits": {name: [i * size, (i + 1) * size] for i, name in enumerate(SPLITS)},
+        "calls": recorder.calls,
         "one_by_one_s": recorder.one_by_one_s,  # of scoring one image by accelsearch.quality
     }
 
@@ -226,7 +233,7 @@ class Recorded:
 class Recorder:
     """The pipeline, the scorer and the baseline's images, on the GPU and ready to measure."""
 
-    def __init__(self, configuration: Configuration, pairs: int) -> None:
+    def __init__(self, configuration: Configuration, pairs: int, calls: int = 1) -> None:
         self.configuration = configuration
         self.pipeline = pipelines.load(configuration)
         self.run = pipelines.run_of(configuration)
@@ -234,6 +241,7 @@ class Recorder:
         size = configuration.batch_size
         self.batches = [slice(start, start + size) for start in range(0, len(self.prompts), size)]
         self.pairs = max(pairs, len(self.batches))
+        self.calls = calls
         self._coin = np.random.default_rng(configuration.seed)
         self._clip = Clip(configuration, self.prompts)
         self._time({}, 0)  # warms up
@@ -251,7 +259,7 @@ class Recorder:
         # A setting is a warm-up and its pairs. An accelerated call takes about 2/3 of the
         # baseline's, and scoring little beside them.
         calls = 0.9 * setting_s / min(self.baseline_image_s)
-        affordable = int(min((calls - 2 / 3) / (1 + 2 / 3), self.pairs))
+        affordable = int(min((calls - 2 / 3) / (1 + 2 / 3 * self.calls), self.pairs))
         self.pairs = max(affordable, len(self.batches), _FEWEST)
 
     @property
@@ -276,8 +284,9 @@ class Recorder:
                 baseline_first = not baseline_first if pair % 2 else self._coin.random() < 0.5
                 if baseline_first:
                     found.baseline_s.append(self._time({}, batch)[0])
-                took_s, made[batch] = self._time(params, batch)
-                found.accelerated_s.append(took_s)
+                for _ in range(self.calls):
+                    took_s, made[batch] = self._time(params, batch)
+                    found.accelerated_s.append(took_s)
                 if not baseline_first:
                     found.baseline_s.append(self._time({}, batch)[0])
             for batch in range(len(self.batches)):
@@ -400,7 +409,8 @@ def write(
     """Write what is recorded so far, in the order of the grid, in the place of an earlier file."""
     rows = sorted(recorded)
     found = [recorded[row] for row in rows]
-    calls, prompts = len(recorder.batches), len(recorder.prompts)
+    batches, prompts = len(recorder.batches), len(recorder.prompts)
+    timed = recorder.pairs * recorder.calls
 
     def stacked(values: Iterator[list[float]], width: int, dtype: str) -> NDArray[Any]:
         return np.array([one or [np.nan] * width for one in values], dtype)
@@ -417,8 +427,8 @@ def write(
         "failed": np.array([bool(one.failure) for one in found]),
         "warmup_s": np.array([one.warmup_s for one in found]),
         "baseline_s": stacked((one.baseline_s for one in found), recorder.pairs, "float64"),
-        "accelerated_s": stacked((one.accelerated_s for one in found), recorder.pairs, "float64"),
-        "score_s": stacked((one.score_s for one in found), calls, "float64"),
+        "accelerated_s": stacked((one.accelerated_s for one in found), timed, "float64"),
+        "score_s": stacked((one.score_s for one in found), batches, "float64"),
         "baseline_clip_score": np.array(recorder.baseline_clip_score, "float32"),
         "baseline_image_s": np.array(recorder.baseline_image_s),
         "baseline_score_s": np.array(recorder.baseline_score_s),
@@ -446,7 +456,7 @@ def recorded_before(
 ) -> dict[int, Recorded]:
     """The rows of an earlier file of the same machine, by their place in the grid."""
     meta, arrays = read(path)
-    recorder.pairs = arrays["baseline_s"].shape[1]
+    recorder.pairs, recorder.calls = arrays["baseline_s"].shape[1], meta.get("calls", 1)
     places = {tuple(setting.items()): row for row, setting in enumerate(grid)}
     found = {}
     for at, indices in enumerate(arrays["settings"].tolist()):
@@ -466,7 +476,7 @@ def recorded_before(
 def told(path: Path) -> None:
     """Print what a file holds."""
     meta, arrays = read(path)
-    speedup = np.median(arrays["baseline_s"] / arrays["accelerated_s"], axis=1)
+    speedup = np.median(arrays["baseline_s"], axis=1) / np.median(arrays["accelerated_s"], axis=1)
     baseline = arrays["baseline_clip_score"].mean()
     loss = 1 - arrays["clip_score"].mean(axis=1) / baseline
     print(

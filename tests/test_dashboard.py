@@ -525,6 +525,8 @@ def running(storage: str, artifacts: Path, *options: str) -> Iterator[Running]:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"ACCELSEARCH_STORAGE": storage, "OMP_NUM_THREADS": "1"},
+        # Tests that run in a shell's background ignore Ctrl-C, and what they start would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None

@@ -216,7 +216,7 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy(ROOT / name, folder / name)
     plan = folder / "studies" / "shapes-demo.toml"
     text = plan.read_text(encoding="utf-8")
-    for old, new in (("trials = 8", "trials = 3"), ("max_pairs = 30", "max_pairs = 6")):
+    for old, new in (("trials = 10", "trials = 3"), ("max_pairs = 30", "max_pairs = 6")):
         assert text.count(old) == 1
         text = text.replace(old, new)
     plan.write_text(text, encoding="utf-8")
