@@ -11,10 +11,14 @@ from typing import Any
 # Before the first import of a Hugging Face library, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# How long an example takes says nothing on a busy machine, and a failure is to be seen again.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 TEXT_WIDTH = 16

@@ -216,9 +216,9 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy(ROOT / name, folder / name)
     plan = folder / "studies" / "shapes-demo.toml"
     text = plan.read_text(encoding="utf-8")
-    for old, new in (("trials = 10", "trials = 3"), ("max_pairs = 30", "max_pairs = 6")):
-        assert text.count(old) == 1
-        text = text.replace(old, new)
+    for key, value in (("trials", 3), ("max_pairs", 6)):
+        text, count = re.subn(rf"^{key} = \d+", f"{key} = {value}", text, flags=re.MULTILINE)
+        assert count == 1
     plan.write_text(text, encoding="utf-8")
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=folder, check=True)

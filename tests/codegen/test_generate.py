@@ -428,7 +428,7 @@ def shape(text: str) -> str:
     return ast.dump(tree)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.fixed_dictionaries(dict.fromkeys(TEXTS, WILD)))
 @example(dict.fromkeys(TEXTS, 'x"; import os #'))
 @example(dict.fromkeys(TEXTS, '"""\nimport os\n"""'))
@@ -459,7 +459,7 @@ def test_no_text_of_an_entry_becomes_code(tmp_path: Path, texts: dict[str, str])
         assert shape(scripts[1]) == shape(scripts[0])
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.sampled_from(
@@ -496,7 +496,7 @@ def test_whatever_the_files_and_tasks_hold_there_is_a_report_and_only_a_report(
 names = st.text(min_size=1).filter(lambda text: bool(text.strip()))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.builds(
         Key,
