@@ -118,7 +118,10 @@ def test_the_page_follows_light_and_dark(opened: Opened) -> None:
     page.wait_for_function(
         "old => getComputedStyle(document.body).backgroundColor !== old", arg=before[0]
     )
-    page.wait_for_timeout(300)
+    page.wait_for_function(
+        "old => getComputedStyle(document.querySelector('.chart .xtitle')).fill !== old",
+        arg=before[1],
+    )
     after = colours()
     assert all(one != other for one, other in zip(before, after, strict=True))
 
@@ -163,3 +166,45 @@ def test_nothing_is_wider_than_a_phone(browser: Any, page_file: Path) -> None:
     width = opened.page.evaluate("document.documentElement.scrollWidth")
     opened.page.close()
     assert width <= 375
+
+
+PAPER = {"width": 680, "height": 1000}  # what A4 leaves between its margins, in px
+
+
+@pytest.fixture
+def printed(browser: Any, page_file: Path) -> Iterator[Opened]:
+    """The page as it is printed, drawn for a screen before."""
+    found = Opened(browser, page_file, viewport={"width": 1280, "height": 900})
+    found.page.wait_for_selector("html[data-ready=true]", state="attached")
+    found.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    found.page.emulate_media(media="print")
+    found.page.set_viewport_size(PAPER)
+    yield found
+    found.page.close()
+
+
+def chart_widths(opened: Opened) -> list[float]:
+    found = opened.page.eval_on_selector_all(
+        ".chart .main-svg", "all => all.map(one => one.getBoundingClientRect().width)"
+    )
+    assert isinstance(found, list)
+    return found
+
+
+def test_charts_are_no_wider_than_the_paper(printed: Opened) -> None:
+    page = printed.page
+    room = page.evaluate(
+        "(() => { const { width, paddingLeft, paddingRight } = getComputedStyle("
+        "document.querySelector('main'));"
+        " return parseFloat(width) - parseFloat(paddingLeft) - parseFloat(paddingRight); })()"
+    )
+    widths = chart_widths(printed)
+    assert len(widths) >= 4
+    assert max(widths) <= room
+    page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.chart .main-svg')]"
+        ".every(one => one.getBoundingClientRect().width > 900)"
+    )
