@@ -208,3 +208,34 @@ def test_charts_are_no_wider_than_the_paper(printed: Opened) -> None:
         "[...document.querySelectorAll('.chart .main-svg')]"
         ".every(one => one.getBoundingClientRect().width > 900)"
     )
+
+
+def test_paper_shows_both_images_whatever_was_looked_at(printed: Opened) -> None:
+    page = printed.page
+    for view in ("difference", "side", "slider"):
+        page.eval_on_selector(".pairs", "(one, view) => { one.dataset.view = view; }", view)
+        frame = page.locator(".frame").first
+        one, other = (frame.locator(name).bounding_box() for name in (".baseline", ".accelerated"))
+        assert one["width"] == pytest.approx(other["width"], abs=0.5), view
+        assert one["x"] + one["width"] < other["x"], view
+        assert not frame.locator(".difference").is_visible(), view
+        assert frame.locator(".tag").first.is_visible(), view
+
+
+def test_paper_leaves_out_what_is_folded(printed: Opened) -> None:
+    folded = printed.page.locator("details").last
+    assert not folded.is_visible()
+    folded.evaluate("one => { one.open = true; }")
+    assert folded.is_visible()
+
+
+def test_the_footer_stands_under_the_text_on_paper(printed: Opened) -> None:
+    page = printed.page
+    page.set_viewport_size(PAPER | {"width": 760})
+    text = page.locator("main .first").bounding_box()["x"]
+    footer = page.eval_on_selector(
+        "footer",
+        "one => { const range = document.createRange(); range.selectNodeContents(one);"
+        " return range.getBoundingClientRect().x; }",
+    )
+    assert footer == pytest.approx(text, abs=0.5)
