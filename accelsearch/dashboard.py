@@ -166,7 +166,7 @@ class View(BaseStorage):
         self._storage = storage
         self._artifacts = artifacts
         # Made again only where what they are made of has changed.
-        self._trials: dict[int, tuple[FrozenTrial, Verification | None, FrozenTrial]] = {}
+        self._trials: dict[int, tuple[FrozenTrial, Verification | None, set[str], FrozenTrial]] = {}
         self._notes: dict[int, tuple[StoredStudy, str, dict[str, str]]] = {}
 
     def get_all_studies(self) -> list[FrozenStudy]:
@@ -244,8 +244,10 @@ class View(BaseStorage):
     def _shown(self, trial: FrozenTrial, study: StoredStudy | None, index: int) -> FrozenTrial:
         verification = None if study is None else study.verifications.get(trial.number)
         known = self._trials.get(trial._trial_id)
-        if known is not None and known[0] is trial and known[1] == verification:
-            return known[2]
+        # Files come and go without a word in the trial.
+        here = {key for key in trial.system_attrs if self._is_here(key)}
+        if known is not None and known[0] is trial and known[1:3] == (verification, here):
+            return known[3]
         shown = copy.copy(trial)
         if study is not None:
             shown.user_attrs = dict(attributes(study, study.trials[index]))
@@ -253,10 +255,10 @@ class View(BaseStorage):
         if study is not None and verification is not None and not verification.verified:
             limits.append(_held_out_violation(study, verification))
         shown.system_attrs = {
-            key: value for key, value in trial.system_attrs.items() if self._is_here(key)
+            key: value for key, value in trial.system_attrs.items() if key in here
         } | {_CONSTRAINTS: limits}
         if trial.state.is_finished():
-            self._trials[trial._trial_id] = trial, verification, shown
+            self._trials[trial._trial_id] = trial, verification, here, shown
         return shown
 
     def _is_here(self, key: str) -> bool:

@@ -375,6 +375,25 @@ def test_a_table_for_a_spreadsheet_has_the_readable_names(study: optuna.Study, a
 # It changes nothing but notes
 
 
+def test_pictures_that_come_and_go_are_shown_while_they_are_there(
+    storage: BaseStorage, study: optuna.Study, artifacts: Path
+) -> None:
+    ended(study, 2.0, 0.01, folder=artifacts)
+    view = View(storage, artifacts)
+
+    def shown() -> list[str]:
+        (trial,) = view.get_all_trials(1)
+        return [key for key in trial.system_attrs if key.startswith("artifacts:")]
+
+    (key,) = shown()
+    file = artifacts / key.removeprefix("artifacts:")
+    kept = file.read_bytes()
+    file.unlink()
+    assert shown() == []
+    file.write_bytes(kept)
+    assert shown() == [key]
+
+
 def test_own_notes_are_kept_and_ours_are_not_stored(
     storage: BaseStorage, study: optuna.Study, ask: Ask
 ) -> None:
@@ -768,9 +787,9 @@ def test_pages_show_what_the_database_holds_while_trials_are_written(
         )
         plots = pages.page.locator("[id^='user-defined-plot:']")
         assert plots.count() == 2
-        for box in (plots.nth(0).bounding_box(), plots.nth(1).bounding_box()):
-            inner = pages.page.locator("[id^='user-defined-plot:'] svg.main-svg").first
-            assert inner.bounding_box()["height"] <= box["height"], "nothing hangs over"
+        for plot in (plots.nth(0), plots.nth(1)):
+            inner = plot.locator("svg.main-svg").first.bounding_box()
+            assert inner["height"] <= plot.bounding_box()["height"], "nothing hangs over"
 
         pages.open("/dashboard/studies/1/analytics", "Hyperparameter Relationships")
         pages.page.locator(".plotly .scatterlayer path.point").first.wait_for()
