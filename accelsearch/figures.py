@@ -238,7 +238,7 @@ def search_time(study: StoredStudy) -> go.Figure:
     figure = make_subplots(
         rows=2,
         row_heights=[0.55, 0.45],
-        vertical_spacing=0.2,
+        vertical_spacing=0.3,  # a phone's legend takes several rows of the height
         subplot_titles=("Best feasible speedup so far", "Time by how trials ended"),
     )
     _running_best(study, figure)
@@ -276,7 +276,7 @@ def search_time(study: StoredStudy) -> go.Figure:
     figure.update_yaxes(autorange="reversed", showgrid=False, row=2, col=1)
     _left_titles(figure)
     figure.update_layout(legend={"y": -0.16, "yanchor": "top"})
-    return _finished(figure, 380 + 36 * len(outcomes))
+    return _finished(figure, 440 + 36 * len(outcomes))
 
 
 def parameter_effects(study: StoredStudy) -> go.Figure:
@@ -390,10 +390,11 @@ def parameter_importances(
 
 
 def importances(study: StoredStudy) -> dict[str, dict[str, float]] | str:
-    """Each varied parameter's share, 0..1, in what decides, the largest first; of all they are 1.
+    """Each varied parameter's share, 0..1, in what decides; together they are 1.
 
-    By "speedup" and by "score loss" (of the first budget; left out where too few trials were
-    scored). Where there are too few trials to say, the reason instead.
+    The largest first by the sum over what they decide about: "speedup" and "score loss" (of the
+    first budget; left out where too few trials were scored). Where there are too few trials to say,
+    the reason instead.
 
     Source: Watanabe, Bansal & Hutter, PED-ANOVA: Efficiently Quantifying Hyperparameter Importance
     in Arbitrary Subspaces, 2023, as Optuna implements it: which parameters separate the best

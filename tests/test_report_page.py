@@ -168,6 +168,16 @@ def test_nothing_is_wider_than_a_phone(browser: Any, page_file: Path) -> None:
     assert width <= 375
 
 
+def test_titles_of_the_time_do_not_overprint_on_a_phone(browser: Any, page_file: Path) -> None:
+    opened = Opened(browser, page_file, viewport={"width": 390, "height": 800})
+    opened.page.wait_for_selector("html[data-ready=true]", state="attached")
+    chart = opened.page.locator(".chart[data-figure$=time]").first
+    axis = chart.locator(".xtitle").first.bounding_box()
+    title = chart.locator(".annotation", has_text="Time by how trials ended").bounding_box()
+    opened.page.close()
+    assert axis["y"] + axis["height"] <= title["y"]
+
+
 PAPER = {"width": 680, "height": 1000}  # what A4 leaves between its margins, in px
 
 
