@@ -227,12 +227,35 @@ class StoredStudy:
     requests: Mapping[float, str] = field(default_factory=dict)  # speedups asked for -> how chosen
 
     @cached_property
+    def in_vain(self) -> dict[int, int]:
+        """The trials that failed to measure a feasible one further -> that one, which stands."""
+        # One that was given up does not say what it resumed: its setting does.
+        last: dict[tuple[tuple[str, ParamValue], ...], int] = {}
+        found = {}
+        for one in self.trials:
+            if one.reused_from is not None:
+                continue
+            if one.outcome is Outcome.FEASIBLE:
+                last[one.setting] = one.number
+            elif one.outcome is Outcome.FAILED:
+                known = one.resumes in last.values()
+                earlier = one.resumes if known else last.get(one.setting)
+                if earlier is not None:
+                    found[one.number] = earlier
+        return found
+
+    @cached_property
     def current(self) -> tuple[StoredTrial, ...]:
-        """The trials but those taken over from another, and those that another resumed."""
+        """The trials but those taken over from another, and those that another resumed.
+
+        A failure to measure a feasible trial further takes nothing from it, and is left out.
+        """
         unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
-        resumed = {one.resumes for one in self.trials if one.outcome not in unfinished}
+        ended = [one for one in self.trials if one.outcome not in unfinished]
+        left_out = {one.resumes for one in ended if one.number not in self.in_vain}
+        left_out |= self.in_vain.keys()
         return tuple(
-            one for one in self.trials if one.reused_from is None and one.number not in resumed
+            one for one in self.trials if one.reused_from is None and one.number not in left_out
         )
 
     @cached_property

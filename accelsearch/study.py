@@ -459,7 +459,8 @@ class _Search:
         """A trial to be timed on: settings are timed coarsely until one of them is the answer.
 
         For the upper bound it is chosen among those that may be the fastest, by `contender`. The
-        answer to a goal is timed on where its interval leaves open whether it reaches it.
+        answer to a goal is timed on where its interval leaves open whether it reaches it. One that
+        could not be timed on stays as it is.
         """
         timing = self._configuration.latency
         if self._goal is None:
@@ -469,7 +470,11 @@ class _Search:
             unsure = answer is not None and least_speedup(answer) < self._goal
             kept = [answer] if answer is not None and unsure else []
         latencies = [one.measurement.latency for one in kept if one.measurement is not None]
-        found = contender(latencies, timing.precision, timing.max_pairs)
+        # Of a setting that two workers measured after all, the last one is what a trial goes on
+        # with.
+        last = {one.number for one in self._stored.measured} - {*self._stored.in_vain.values()}
+        closed = [index for index, one in enumerate(kept) if one.number not in last]
+        found = contender(latencies, timing.precision, timing.max_pairs, closed)
         return None if found is None else kept[found]
 
     def _pairs(self, known: Measurement | None, *, timed_on: bool) -> int:

@@ -435,6 +435,62 @@ def test_the_answer_to_a_goal_is_timed_on_where_it_may_fall_short(lab: Lab) -> N
     assert sure.measured == []  # it surely reaches this, however coarsely it is timed
 
 
+def test_a_failure_while_a_setting_is_timed_on_leaves_its_trial_the_best(lab: Lab) -> None:
+    class Crowded(Timed):
+        def measure(self, params: Params, **question: Any) -> Result:
+            result = super().measure(params, **question)
+            if question["known"] is not None:
+                raise TrialError("out of GPU memory")
+            return result
+
+    bench = Crowded()
+    found = lab.search(bench, trials=12, sampler="grid")
+    failed = [one for one in found.study.trials if one.outcome is Outcome.FAILED]
+    assert failed
+    # Each is tried once: what fills the GPU may fill it for ever.
+    assert len({one.resumes for one in failed}) == len(failed) == len(bench.measured) - 12
+    best = max(
+        found.study.trials, key=lambda one: one.feasible(lab.configuration()) * (one.speedup or 0)
+    )
+    assert found.best == best
+    assert best.number in {one.resumes for one in failed}
+    assert len(found.study.current) == 12
+    again = Crowded()
+    assert lab.search(again, trials=12, sampler="grid").best == best
+    assert again.measured == []
+
+
+def test_a_setting_whose_worker_is_lost_too_often_while_it_is_timed_on_stays_as_it_is(
+    lab: Lab,
+) -> None:
+    class Stopped(Timed):
+        def measure(self, params: Params, **question: Any) -> Result:
+            if len(self.measured) == 12:
+                raise KeyboardInterrupt
+            return super().measure(params, **question)
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.search(Stopped(), trials=12, sampler="grid")
+    interrupted = lab.study.trials[-1]
+    study = lab.study
+    study.enqueue_trial(interrupted.params)
+    lost = study.ask(dict(interrupted.distributions))
+    # As `reconcile` leaves it, which cannot know what it resumed.
+    give_up(study._storage, study.trials[lost.number], Outcome.FAILED, "its worker is gone")
+
+    class Ends(Events):
+        def trial_finished(self, study: StoredStudy) -> None:
+            assert len(study.trials) < 60, "the search does not end"
+
+    bench = Timed()
+    found = lab.search(bench, Ends(), trials=12, sampler="grid")
+    assert interrupted.params not in bench.measured
+    assert found.best is not None
+    assert found.best.params == interrupted.params
+    assert found.best.resumes is None
+    assert lab.study.trials[-1].user_attrs.keys().isdisjoint({"reused_from"})
+
+
 @pytest.mark.parametrize("reason", ["images contain NaN", "images are black", "out of GPU memory"])
 def test_a_failed_trial_keeps_its_reason_and_the_study_goes_on(lab: Lab, reason: str) -> None:
     bench = Stand(fault=failing((3, 0), error=TrialError(reason)))
