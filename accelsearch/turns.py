@@ -25,7 +25,7 @@ from accelsearch.errors import TrialError
 from accelsearch.heartbeat import Worker
 from accelsearch.measurement import ParamValue
 from accelsearch.methods import Parameter, effective
-from accelsearch.storage import running_trial, say_worker
+from accelsearch.storage import complete_recorded, running_trial, say_worker
 
 __all__ = ["finish", "take"]
 
@@ -104,8 +104,10 @@ def finish(
         except UpdateFinishedTrialError:
             raise
         except BaseException:
-            _end(trial, TrialState.FAIL)
-            worker.release()
+            kept = _end_recorded(trial)
+            if not kept:
+                _end(trial, TrialState.FAIL)
+            worker.release(finished=kept)
             raise
         else:
             _end(trial, TrialState.COMPLETE, value)
@@ -114,6 +116,14 @@ def finish(
         return False
     worker.release(finished=True)
     return True
+
+
+def _end_recorded(trial: optuna.Trial) -> bool:
+    """End a trial that was interrupted after everything was recorded, by its pictures say."""
+    try:
+        return complete_recorded(trial.storage, trial.storage.get_trial(trial._trial_id))
+    except UpdateFinishedTrialError:
+        return False
 
 
 def _end(trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:

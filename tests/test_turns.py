@@ -17,7 +17,7 @@ from accelsearch.heartbeat import Worker
 from accelsearch.methods import Parameter
 from accelsearch.storage import Outcome, engine, open_storage, record
 from accelsearch.turns import finish, take
-from tests.stored import new_database
+from tests.stored import measured, new_database
 
 SPACE = (
     Parameter("cache_interval", "int", 3, "", "", low=2, high=9),
@@ -155,6 +155,20 @@ def test_an_interrupt_gives_the_setting_back(
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
     assert all_claims(worker.engine) == ()
     assert worker.trials == 0
+
+
+def test_an_interrupt_after_everything_is_recorded_loses_nothing(
+    study: Any, worker: Worker
+) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        record(trial, Outcome.FEASIBLE, "told", measurement=measured(2.0, params=PARAMS))
+        raise KeyboardInterrupt  # while its pictures are written
+
+    with pytest.raises(KeyboardInterrupt):
+        finish(study, taken(study, worker, PARAMS), worker, objective)
+    assert [(one.state, one.value) for one in study.trials] == [(TrialState.COMPLETE, 2.0)]
+    assert all_claims(worker.engine) == ()
+    assert worker.trials == 1
 
 
 def test_what_a_worker_taken_for_dead_measures_does_not_count(
