@@ -242,6 +242,7 @@ class _Search:
         self._deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
         self._repeated = False
         self._chosen: dict[str, ParamValue] | None = None
+        self._enqueued = True  # whether those that wait are to come before it
         self._keys: dict[int, Setting] = {}
         self._noise_of: tuple[int, float | None] | None = None
         progress.study_started(self._stored, environment)
@@ -331,7 +332,7 @@ class _Search:
         claimed = tuple(self._worker.others(self._study._study_id))
         if _setting(self._space, best.params) in {_setting(self._space, one) for one in claimed}:
             return OTHERS, claimed
-        self._chosen = best.params
+        self._chosen, self._enqueued = best.params, False
         return None, ()
 
     def _why_no_other(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
@@ -359,7 +360,8 @@ class _Search:
         chosen = self._choose(others)
         if isinstance(chosen, str):
             return (OTHERS, claimed) if claimed else (chosen, ())
-        self._chosen = chosen
+        # At the limit nothing new is measured, and only what was given up is gone on with.
+        self._chosen, self._enqueued = chosen, not limited
         return None, ()
 
     def _choose(self, others: Collection[Setting]) -> dict[str, ParamValue] | str | None:
@@ -514,6 +516,7 @@ class _Search:
             self._space,
             self._worker,
             self._chosen,
+            enqueued=self._enqueued,
             trials=self._trials,
             limit_s=self._settings.trial_timeout_s,
         )

@@ -38,14 +38,16 @@ def take(
     worker: Worker,
     params: Mapping[str, ParamValue] | None = None,
     *,
+    enqueued: bool = True,
     trials: Sequence[FrozenTrial] | None = None,
     limit_s: float | None = None,
 ) -> optuna.Trial | None:
     """A running trial that is this worker's alone; None where another was quicker.
 
-    It is the first enqueued trial that nobody else has claimed the setting of; without one, that
-    of `params`; and without these, one of the sampler's choice. Its params are set, all of them.
-    `trials` are the study's, where they have just been read.
+    It is the first enqueued trial that nobody else has claimed the setting of; without one, or if
+    the `enqueued` are to be left alone, that of `params`; and without these, one of the sampler's
+    choice. Its params are set, all of them. `trials` are the study's, where they have just been
+    read.
     """
     storage, study_id = study._storage, study._study_id
     distributions = {one.name: _distribution(one) for one in space}
@@ -55,7 +57,7 @@ def take(
     def drafted(fixed: Mapping[str, Any]) -> dict[str, ParamValue]:
         return _listed(space, _draft(study, distributions, fixed, trials))
 
-    for waiting in (one for one in trials if one.state is TrialState.WAITING):
+    for waiting in (one for one in trials if enqueued and one.state is TrialState.WAITING):
         fixed = waiting.system_attrs.get("fixed_params", waiting.params)
         setting = drafted(fixed)
         identity = effective(space, setting)

@@ -435,6 +435,29 @@ def test_the_answer_to_a_goal_is_timed_on_where_it_may_fall_short(lab: Lab) -> N
     assert sure.measured == []  # it surely reaches this, however coarsely it is timed
 
 
+def test_at_the_limit_of_trials_those_enqueued_wait_while_the_best_is_timed_on(lab: Lab) -> None:
+    lab.search(Timed(), trials=1, latency=LatencySettings(max_pairs=6))
+    lab.suggest((2, 0), (2, 1), (4, 0))
+    bench = Timed()
+    found = lab.search(bench, trials=2)
+    assert found.stopped == "the limit of 2 trials"
+    assert {setting(params) for params in bench.measured} == {(2, 0), (3, 0)}
+    assert len(found.study.measured) == 2
+    waiting = [one.state for one in lab.study.trials].count(TrialState.WAITING)
+    assert waiting == 2
+
+
+def test_at_the_limit_of_trials_those_enqueued_wait_while_another_is_gone_on_with(
+    lab: Lab,
+) -> None:
+    lab.search(Stand(), trials=1, goal=9.0)
+    lab.suggest((2, 0))
+    bench = Stand()
+    found = lab.search(bench, trials=1)
+    assert found.stopped == "the limit of 1 trials"
+    assert [setting(params) for params in bench.measured] == [(3, 0)]
+
+
 def test_a_failure_while_a_setting_is_timed_on_leaves_its_trial_the_best(lab: Lab) -> None:
     class Crowded(Timed):
         def measure(self, params: Params, **question: Any) -> Result:

@@ -105,6 +105,14 @@ def test_an_enqueued_trial_comes_first_and_is_itself_run(study: Any, worker: Wor
     assert [one.state for one in study.trials] == [TrialState.RUNNING]
 
 
+def test_an_enqueued_trial_that_is_to_be_left_alone_waits(study: Any, worker: Worker) -> None:
+    study.enqueue_trial(PARAMS)
+    trial = take(study, SPACE, worker, {**PARAMS, "cache_interval": 9}, enqueued=False)
+    assert trial is not None
+    assert trial.params["cache_interval"] == 9
+    assert study.trials[0].state is TrialState.WAITING
+
+
 def test_an_enqueued_setting_that_another_measures_waits(
     study: Any, worker: Worker, other: Worker
 ) -> None:
