@@ -57,7 +57,7 @@ from accelsearch.storage import (
 )
 from accelsearch.turns import finish, take
 
-__all__ = ["OTHERS", "Found", "Progress", "Silent", "search"]
+__all__ = ["OTHERS", "Found", "Progress", "Silent", "contender_of", "search"]
 
 OTHERS = "other workers measure the rest"
 """Why a search stops that is not over: its last settings are being measured by others."""
@@ -208,6 +208,30 @@ def search(
         bench,
         worker,
     ).run()
+
+
+def contender_of(
+    stored: StoredStudy, goal: float | None = None, choice: str = CHOICES[0]
+) -> StoredTrial | None:
+    """A trial to be timed on: settings are timed coarsely until one of them is the answer.
+
+    For the upper bound it is chosen among those that may be the fastest, by `contender`. The
+    answer to a goal is timed on where its interval leaves open whether it reaches it. One that
+    could not be timed on stays as it is.
+    """
+    timing = stored.configuration.latency
+    if goal is None:
+        kept = feasible_trials(stored)
+    else:
+        answer = targeted(stored, goal, choice)
+        unsure = answer is not None and least_speedup(answer) < goal
+        kept = [answer] if answer is not None and unsure else []
+    latencies = [one.measurement.latency for one in kept if one.measurement is not None]
+    # Of a setting that two workers measured after all, the last one is what a trial goes on with.
+    last = {one.number for one in stored.measured} - {*stored.in_vain.values()}
+    closed = [index for index, one in enumerate(kept) if one.number not in last]
+    found = contender(latencies, timing.precision, timing.max_pairs, closed)
+    return None if found is None else kept[found]
 
 
 class _Search:
@@ -458,26 +482,7 @@ class _Search:
         return sorted(found, key=lambda one: abs((one.speedup or 0.0) - goal))
 
     def _contender(self) -> StoredTrial | None:
-        """A trial to be timed on: settings are timed coarsely until one of them is the answer.
-
-        For the upper bound it is chosen among those that may be the fastest, by `contender`. The
-        answer to a goal is timed on where its interval leaves open whether it reaches it. One that
-        could not be timed on stays as it is.
-        """
-        timing = self._configuration.latency
-        if self._goal is None:
-            kept = feasible_trials(self._stored)
-        else:
-            answer = targeted(self._stored, self._goal, self._choice)
-            unsure = answer is not None and least_speedup(answer) < self._goal
-            kept = [answer] if answer is not None and unsure else []
-        latencies = [one.measurement.latency for one in kept if one.measurement is not None]
-        # Of a setting that two workers measured after all, the last one is what a trial goes on
-        # with.
-        last = {one.number for one in self._stored.measured} - {*self._stored.in_vain.values()}
-        closed = [index for index, one in enumerate(kept) if one.number not in last]
-        found = contender(latencies, timing.precision, timing.max_pairs, closed)
-        return None if found is None else kept[found]
+        return contender_of(self._stored, self._goal, self._choice)
 
     def _pairs(self, known: Measurement | None, *, timed_on: bool) -> int:
         """How many pairs a setting has at most: few at first, and twice as many when timed on."""

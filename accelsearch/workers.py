@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
@@ -19,11 +19,19 @@ from accelsearch.claims import all_claims, all_workers
 from accelsearch.configuration import Configuration
 from accelsearch.errors import AccelSearchError, PlanError, StorageError
 from accelsearch.heartbeat import Worker, setting_key
-from accelsearch.measurement import Environment, ParamValue
+from accelsearch.measurement import Environment
 from accelsearch.objective import Bench, environment_of
 from accelsearch.reconcile import reconcile
-from accelsearch.storage import database_errors, is_over, settings_of, study_name
-from accelsearch.study import OTHERS, Found, Progress, search
+from accelsearch.storage import (
+    Outcome,
+    StoredStudy,
+    database_errors,
+    is_over,
+    read_both,
+    settings_of,
+    study_name,
+)
+from accelsearch.study import OTHERS, Found, Progress, contender_of, search
 
 __all__ = ["Done", "device_told", "stand_in", "work"]
 
@@ -42,11 +50,15 @@ class Done:
 
 @dataclass
 class _Job:
-    """A configuration that is not done yet; `pending` are settings that others were measuring."""
+    """A configuration that is not done yet.
+
+    `pending` are the settings that others were measuring, by their keys, and how many trials of
+    each had ended by then: one that is timed on has ended before.
+    """
 
     configuration: Configuration
     environment: Environment
-    pending: Sequence[Mapping[str, ParamValue]] = ()
+    pending: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def study(self) -> str:
@@ -111,7 +123,8 @@ def work(
             continue
         done.found[found.study.name] = found
         if found.stopped == OTHERS:
-            job.pending = found.pending
+            ended = _ended(found.study)
+            job.pending = {key: ended[key] for key in map(setting_key, found.pending)}
         else:
             jobs.remove(job)
     return done
@@ -160,17 +173,35 @@ class _Kept:
 def _falls_to_us(job: _Job, storage: BaseStorage, worker: Worker) -> bool:
     """Whether a setting that others were measuring has come back unmeasured.
 
-    Once all of them are measured, nothing of the job is pending any more.
+    Once all of them are measured, one may be left to be timed on; without one, nothing of the job
+    is pending any more.
     """
     study = optuna.load_study(study_name=job.study, storage=storage)
     if worker.due():
         reconcile(study, worker)
     # In this order: whoever gives a claim up has told what became of it.
     claimed = {claim.setting for claim in all_claims(worker.engine, study._study_id)}
-    over = {setting_key(one.params) for one in study.get_trials(deepcopy=False) if is_over(one)}
-    left = [one for one in job.pending if setting_key(one) not in over]
-    job.pending = left
-    return any(setting_key(one) not in claimed for one in left)
+    _, stored = read_both(storage, study._study_id)
+    ended = _ended(stored)
+    job.pending = {
+        key: before for key, before in job.pending.items() if key in claimed or ended[key] <= before
+    }
+    if not job.pending:
+        best = contender_of(replace(stored, configuration=job.configuration))
+        if best is not None:
+            key = setting_key(best.params)
+            job.pending = {key: ended[key]}
+    return any(key not in claimed for key in job.pending)
+
+
+def _ended(study: StoredStudy) -> Counter[str]:
+    """How many trials of each setting have ended, by its key."""
+    unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
+    return Counter(
+        setting_key(one.params)
+        for one in study.trials
+        if one.outcome not in unfinished and one.reused_from is None
+    )
 
 
 def _neediest(jobs: Sequence[_Job], storage: BaseStorage, worker: Worker) -> _Job:
