@@ -151,6 +151,7 @@ def search(
     bench: Callable[[Configuration, Callable[[str], None]], Bench] = Bench,
     worker: Worker | None = None,
     where: Callable[[Configuration], Environment] | None = None,
+    deadline: float | None = None,
 ) -> Found:
     """Search one configuration for its largest speedup, or until a speedup of `goal` is met.
 
@@ -164,7 +165,9 @@ def search(
 
     Any number of workers may search one configuration at once, each in a process of its own: no
     setting is measured by two of them. `worker` is this one; without it, the search is one by
-    itself. `where` tells the environment, which is this machine's if it is left out.
+    itself. `where` tells the environment, which is this machine's if it is left out. `deadline`,
+    by `time.monotonic`, is that of an earlier search which this one goes on with; without it, the
+    configuration's time limit begins now.
 
     Raises:
         ModelError, UnsupportedError, PlanError: the configuration cannot be measured at all.
@@ -184,6 +187,7 @@ def search(
                 bench=bench,
                 worker=alone,
                 where=where,
+                deadline=deadline,
             )
     where = where or environment_of
     # Before there is a study of nothing, or a picture to lose.
@@ -207,6 +211,7 @@ def search(
         progress or Silent(),
         bench,
         worker,
+        deadline,
     ).run()
 
 
@@ -248,6 +253,7 @@ class _Search:
         progress: Progress,
         bench: Callable[[Configuration, Callable[[str], None]], Bench],
         worker: Worker,
+        deadline: float | None,
     ) -> None:
         self._configuration = configuration
         self._settings = configuration.search
@@ -263,7 +269,9 @@ class _Search:
         # two workers with one seed would suggest the same.
         self._lane = worker.lane()
         study.sampler = _sampler(self._settings, len(self._stored.trials) + self._lane)
-        self._deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
+        if deadline is None:
+            deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
+        self._deadline = deadline
         self._repeated = False
         self._chosen: dict[str, ParamValue] | None = None
         self._enqueued = True  # whether those that wait are to come before it

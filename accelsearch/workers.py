@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import random
 import time
@@ -53,12 +54,14 @@ class _Job:
     """A configuration that is not done yet.
 
     `pending` are the settings that others were measuring, by their keys, and how many trials of
-    each had ended by then: one that is timed on has ended before.
+    each had ended by then: one that is timed on has ended before. `deadline`, by
+    `time.monotonic`, is where the time ends that it is searched for, set when that begins.
     """
 
     configuration: Configuration
     environment: Environment
     pending: Mapping[str, int] = field(default_factory=dict)
+    deadline: float | None = None
 
     @property
     def study(self) -> str:
@@ -81,7 +84,8 @@ def work(
 
     The next one is always that with the fewest workers for what is left of it, so that all are
     done soonest. A worker that finds nothing to measure waits for those who still do: what one of
-    them leaves unfinished is measured again.
+    them leaves unfinished is measured again. No configuration is searched or waited for beyond its
+    time limit, counted from when this worker first took it.
 
     Raises:
         StorageError: the database fails for longer than it is waited for.
@@ -94,7 +98,7 @@ def work(
         if worker.stopping:
             raise KeyboardInterrupt
         open_jobs = [job for job in jobs if not job.pending or _falls_to_us(job, storage, worker)]
-        jobs = [job for job in jobs if job in open_jobs or job.pending]
+        jobs = [job for job in jobs if job in open_jobs or (job.pending and not _is_late(job))]
         if not open_jobs:
             worker.at(None)
             time.sleep(pause_s)
@@ -103,6 +107,8 @@ def work(
             continue
         pause_s = poll_s
         job = _neediest(open_jobs, storage, worker)
+        if job.deadline is None:
+            job.deadline = time.monotonic() + (job.configuration.search.timeout_s or math.inf)
         try:
             with progress_on() as progress:
                 found = search(
@@ -113,6 +119,7 @@ def work(
                     bench=kept,
                     worker=worker,
                     where=lambda _, job=job: job.environment,  # type: ignore[misc]
+                    deadline=job.deadline,
                 )
         except StorageError:
             raise
@@ -168,6 +175,10 @@ class _Kept:
             self._loaded = None  # before the next one needs its memory
             self._loaded = (configuration, self._bench(configuration, say))
         return self._loaded[1]
+
+
+def _is_late(job: _Job) -> bool:
+    return job.deadline is not None and time.monotonic() > job.deadline
 
 
 def _falls_to_us(job: _Job, storage: BaseStorage, worker: Worker) -> bool:

@@ -171,6 +171,41 @@ def test_a_worker_waits_for_what_others_measure_and_takes_over_what_they_leave(
     assert [trial.params for trial in found.study.trials] == [default]
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_the_time_limit_goes_on_while_a_worker_waits(
+    storage: Any, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    now = [0.0]
+
+    class Slow(Loads):
+        def measure(self, params: Any, **question: Any) -> Any:
+            now[0] += 4.0
+            return super().measure(params, **question)
+
+    search = SearchSettings(trials=3, sampler="random", timeout_s=10.0)
+    configuration = configured(model="shapes", search=search)
+    study = create_study(
+        storage, configuration, StandIn.environment(None), optuna.samplers.RandomSampler()
+    )
+    with Worker(engine(storage)) as other, Worker(engine(storage)) as worker:
+        assert other.claim(study._study_id, {"cache_interval": 3, "cache_branch_id": 0})
+
+        def pause(seconds: float) -> None:
+            if seconds:  # the stand-in pauses for none
+                now[0] += 3.0
+                assert now[0] < 20.0, "it waits for ever"
+                if left:
+                    other.release()
+
+        monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(module.time, "sleep", pause)
+        done = day(storage, worker, [configuration], Slow)
+        monkeypatch.undo()
+    (found,) = done.found.values()
+    assert found.stopped == ("the time limit of 10 s" if left else OTHERS)
+    assert len(found.study.trials) == 2
+
+
 class Scattered(Loads):
     """Its pairs scatter evenly by up to 20 %, so that more of them tell more."""
 
