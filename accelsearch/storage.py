@@ -654,11 +654,9 @@ def _readable(
             continue
 
 
-def read_study(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> StoredStudy:
-    """What an open Optuna study holds now; `trials` are its own, where they have just been read."""
-    if trials is None:
-        trials = study.get_trials(deepcopy=False)
-    return _study(study.study_name, study.user_attrs, trials)
+def read_study(study: optuna.Study) -> StoredStudy:
+    """What an open Optuna study holds now."""
+    return read_both(study._storage, study._study_id)[1]
 
 
 def read_both(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial], StoredStudy]:

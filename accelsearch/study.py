@@ -45,10 +45,10 @@ from accelsearch.storage import (
     create_study,
     database_errors,
     engine,
+    read_both,
     read_neighbours,
     read_parts,
     read_siblings,
-    read_study,
     record,
     record_request,
     record_verification,
@@ -347,8 +347,7 @@ class _Search:
 
     def _read(self) -> StoredStudy:
         """The study as stored, but with the limits of this search instead of the first one's."""
-        self._trials = self._study.get_trials(deepcopy=False)
-        stored = read_study(self._study, self._trials)
+        self._trials, stored = read_both(self._study._storage, self._study._study_id)
         return replace(stored, configuration=self._configuration)
 
     def _known(self) -> dict[Setting, StoredTrial]:

@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from accelsearch import objective, pictures
@@ -45,13 +46,16 @@ from accelsearch.storage import (
     StoredStudy,
     StoredTrial,
     Verification,
+    create_study,
     engine,
     give_up,
     open_storage,
     read_studies,
+    record_verification,
     study_name,
 )
 from accelsearch.study import OTHERS, Found, search
+from tests.stored import add_trial
 
 MakeConfiguration = Callable[..., Any]
 Params = Mapping[str, ParamValue]
@@ -1364,6 +1368,33 @@ def test_the_answer_to_a_goal_is_verified_too(lab: Lab) -> None:
     found = lab.search(bench, trials=12, goal=1.2, held_out_prompts=HELD_OUT)
     assert found.answer is not None
     assert found.study.verifications.keys() == {found.answer.number}
+
+
+def test_what_another_worker_verifies_while_a_search_reads_its_trials_is_read_the_next_time(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration = lab.configuration(trials=1)
+    storage, another = open_storage(lab.url), open_storage(lab.url)
+    create_study(storage, configuration, environment_of(configuration), RandomSampler())
+    real, reads = storage.get_all_trials, 0
+
+    def read(study_id: int, *arguments: Any, **options: Any) -> Any:
+        nonlocal reads
+        trials = real(study_id, *arguments, **options)
+        reads += 1
+        if reads == 2:  # the first is that of who clears away
+            assert trials == []
+            name = another.get_study_name_from_id(study_id)
+            study = optuna.load_study(study_name=name, storage=another)
+            number = add_trial(study, 1.5, 0.0)
+            scores = (Scores("clip_score", (50.0,) * 150, (50.0,) * 150),)
+            record_verification(study, number, 0, scores)
+        return trials
+
+    monkeypatch.setattr(storage, "get_all_trials", read)
+    found = search(configuration, storage, artifacts=lab.artifacts, bench=Stand())
+    assert reads > 2
+    assert found.study.verifications.keys() == {0}
 
 
 def test_too_few_held_out_prompts_are_refused_and_how_many_it_takes_is_told(lab: Lab) -> None:
