@@ -231,15 +231,15 @@ class StoredStudy:
         """The trials that failed to measure a feasible one further -> that one, which stands."""
         # One that was given up does not say what it resumed: its setting does.
         last: dict[tuple[tuple[str, ParamValue], ...], int] = {}
-        found = {}
+        feasible, found = set(), {}
         for one in self.trials:
             if one.reused_from is not None:
                 continue
             if one.outcome is Outcome.FEASIBLE:
+                feasible.add(one.number)
                 last[one.setting] = one.number
             elif one.outcome is Outcome.FAILED:
-                known = one.resumes in last.values()
-                earlier = one.resumes if known else last.get(one.setting)
+                earlier = one.resumes if one.resumes in feasible else last.get(one.setting)
                 if earlier is not None:
                     found[one.number] = earlier
         return found
