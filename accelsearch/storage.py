@@ -227,12 +227,35 @@ class StoredStudy:
     requests: Mapping[float, str] = field(default_factory=dict)  # speedups asked for -> how chosen
 
     @cached_property
+    def in_vain(self) -> dict[int, int]:
+        """The trials that failed to measure a feasible one further -> that one, which stands."""
+        # One that was given up does not say what it resumed: its setting does.
+        last: dict[tuple[tuple[str, ParamValue], ...], int] = {}
+        feasible, found = set(), {}
+        for one in self.trials:
+            if one.reused_from is not None:
+                continue
+            if one.outcome is Outcome.FEASIBLE:
+                feasible.add(one.number)
+                last[one.setting] = one.number
+            elif one.outcome is Outcome.FAILED:
+                earlier = one.resumes if one.resumes in feasible else last.get(one.setting)
+                if earlier is not None:
+                    found[one.number] = earlier
+        return found
+
+    @cached_property
     def current(self) -> tuple[StoredTrial, ...]:
-        """The trials but those taken over from another, and those that another resumed."""
+        """The trials but those taken over from another, and those that another resumed.
+
+        A failure to measure a feasible trial further takes nothing from it, and is left out.
+        """
         unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
-        resumed = {one.resumes for one in self.trials if one.outcome not in unfinished}
+        ended = [one for one in self.trials if one.outcome not in unfinished]
+        left_out = {one.resumes for one in ended if one.number not in self.in_vain}
+        left_out |= self.in_vain.keys()
         return tuple(
-            one for one in self.trials if one.reused_from is None and one.number not in resumed
+            one for one in self.trials if one.reused_from is None and one.number not in left_out
         )
 
     @cached_property
@@ -631,11 +654,9 @@ def _readable(
             continue
 
 
-def read_study(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> StoredStudy:
-    """What an open Optuna study holds now; `trials` are its own, where they have just been read."""
-    if trials is None:
-        trials = study.get_trials(deepcopy=False)
-    return _study(study.study_name, study.user_attrs, trials)
+def read_study(study: optuna.Study) -> StoredStudy:
+    """What an open Optuna study holds now."""
+    return read_both(study._storage, study._study_id)[1]
 
 
 def read_both(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial], StoredStudy]:

@@ -45,10 +45,10 @@ from accelsearch.storage import (
     create_study,
     database_errors,
     engine,
+    read_both,
     read_neighbours,
     read_parts,
     read_siblings,
-    read_study,
     record,
     record_request,
     record_verification,
@@ -57,7 +57,7 @@ from accelsearch.storage import (
 )
 from accelsearch.turns import finish, take
 
-__all__ = ["OTHERS", "Found", "Progress", "Silent", "search"]
+__all__ = ["OTHERS", "Found", "Progress", "Silent", "contender_of", "search"]
 
 OTHERS = "other workers measure the rest"
 """Why a search stops that is not over: its last settings are being measured by others."""
@@ -151,6 +151,7 @@ def search(
     bench: Callable[[Configuration, Callable[[str], None]], Bench] = Bench,
     worker: Worker | None = None,
     where: Callable[[Configuration], Environment] | None = None,
+    deadline: float | None = None,
 ) -> Found:
     """Search one configuration for its largest speedup, or until a speedup of `goal` is met.
 
@@ -164,7 +165,9 @@ def search(
 
     Any number of workers may search one configuration at once, each in a process of its own: no
     setting is measured by two of them. `worker` is this one; without it, the search is one by
-    itself. `where` tells the environment, which is this machine's if it is left out.
+    itself. `where` tells the environment, which is this machine's if it is left out. `deadline`,
+    by `time.monotonic`, is that of an earlier search which this one goes on with; without it, the
+    configuration's time limit begins now.
 
     Raises:
         ModelError, UnsupportedError, PlanError: the configuration cannot be measured at all.
@@ -184,6 +187,7 @@ def search(
                 bench=bench,
                 worker=alone,
                 where=where,
+                deadline=deadline,
             )
     where = where or environment_of
     # Before there is a study of nothing, or a picture to lose.
@@ -207,7 +211,32 @@ def search(
         progress or Silent(),
         bench,
         worker,
+        deadline,
     ).run()
+
+
+def contender_of(
+    stored: StoredStudy, goal: float | None = None, choice: str = CHOICES[0]
+) -> StoredTrial | None:
+    """A trial to be timed on: settings are timed coarsely until one of them is the answer.
+
+    For the upper bound it is chosen among those that may be the fastest, by `contender`. The
+    answer to a goal is timed on where its interval leaves open whether it reaches it. One that
+    could not be timed on stays as it is.
+    """
+    timing = stored.configuration.latency
+    if goal is None:
+        kept = feasible_trials(stored)
+    else:
+        answer = targeted(stored, goal, choice)
+        unsure = answer is not None and least_speedup(answer) < goal
+        kept = [answer] if answer is not None and unsure else []
+    latencies = [one.measurement.latency for one in kept if one.measurement is not None]
+    # Of a setting that two workers measured after all, the last one is what a trial goes on with.
+    last = {one.number for one in stored.measured} - {*stored.in_vain.values()}
+    closed = [index for index, one in enumerate(kept) if one.number not in last]
+    found = contender(latencies, timing.precision, timing.max_pairs, closed)
+    return None if found is None else kept[found]
 
 
 class _Search:
@@ -224,6 +253,7 @@ class _Search:
         progress: Progress,
         bench: Callable[[Configuration, Callable[[str], None]], Bench],
         worker: Worker,
+        deadline: float | None,
     ) -> None:
         self._configuration = configuration
         self._settings = configuration.search
@@ -239,9 +269,12 @@ class _Search:
         # two workers with one seed would suggest the same.
         self._lane = worker.lane()
         study.sampler = _sampler(self._settings, len(self._stored.trials) + self._lane)
-        self._deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
+        if deadline is None:
+            deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
+        self._deadline = deadline
         self._repeated = False
         self._chosen: dict[str, ParamValue] | None = None
+        self._enqueued = True  # whether those that wait are to come before it
         self._keys: dict[int, Setting] = {}
         self._noise_of: tuple[int, float | None] | None = None
         progress.study_started(self._stored, environment)
@@ -314,8 +347,7 @@ class _Search:
 
     def _read(self) -> StoredStudy:
         """The study as stored, but with the limits of this search instead of the first one's."""
-        self._trials = self._study.get_trials(deepcopy=False)
-        stored = read_study(self._study, self._trials)
+        self._trials, stored = read_both(self._study._storage, self._study._study_id)
         return replace(stored, configuration=self._configuration)
 
     def _known(self) -> dict[Setting, StoredTrial]:
@@ -331,7 +363,7 @@ class _Search:
         claimed = tuple(self._worker.others(self._study._study_id))
         if _setting(self._space, best.params) in {_setting(self._space, one) for one in claimed}:
             return OTHERS, claimed
-        self._chosen = best.params
+        self._chosen, self._enqueued = best.params, False
         return None, ()
 
     def _why_no_other(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
@@ -359,7 +391,8 @@ class _Search:
         chosen = self._choose(others)
         if isinstance(chosen, str):
             return (OTHERS, claimed) if claimed else (chosen, ())
-        self._chosen = chosen
+        # At the limit nothing new is measured, and only what was given up is gone on with.
+        self._chosen, self._enqueued = chosen, not limited
         return None, ()
 
     def _choose(self, others: Collection[Setting]) -> dict[str, ParamValue] | str | None:
@@ -456,21 +489,7 @@ class _Search:
         return sorted(found, key=lambda one: abs((one.speedup or 0.0) - goal))
 
     def _contender(self) -> StoredTrial | None:
-        """A trial to be timed on: settings are timed coarsely until one of them is the answer.
-
-        For the upper bound it is chosen among those that may be the fastest, by `contender`. The
-        answer to a goal is timed on where its interval leaves open whether it reaches it.
-        """
-        timing = self._configuration.latency
-        if self._goal is None:
-            kept = feasible_trials(self._stored)
-        else:
-            answer = targeted(self._stored, self._goal, self._choice)
-            unsure = answer is not None and least_speedup(answer) < self._goal
-            kept = [answer] if answer is not None and unsure else []
-        latencies = [one.measurement.latency for one in kept if one.measurement is not None]
-        found = contender(latencies, timing.precision, timing.max_pairs)
-        return None if found is None else kept[found]
+        return contender_of(self._stored, self._goal, self._choice)
 
     def _pairs(self, known: Measurement | None, *, timed_on: bool) -> int:
         """How many pairs a setting has at most: few at first, and twice as many when timed on."""
@@ -509,6 +528,7 @@ class _Search:
             self._space,
             self._worker,
             self._chosen,
+            enqueued=self._enqueued,
             trials=self._trials,
             limit_s=self._settings.trial_timeout_s,
         )

@@ -259,6 +259,22 @@ def test_a_resumed_trial_is_counted_once_and_by_its_last_state() -> None:
         assert given_up in study.current
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_failure_to_measure_a_feasible_trial_further_takes_nothing_from_it(lost: bool) -> None:
+    kept = trial(0, 2.0, 0.01)
+    # One whose worker was lost does not say what it resumed.
+    failed = StoredTrial(
+        1, Outcome.FAILED, "told", kept.params, resumes=None if lost else 0, lost=lost
+    )
+    study = study_of([kept, failed])
+    assert study.current == study.measured == study.feasible == (kept,)
+    assert study.in_vain == {1: 0}
+    assert outcomes(study) == {Outcome.FEASIBLE: 1}
+    given_up = replace(kept, outcome=Outcome.DOMINATED)
+    assert study_of([given_up, failed]).in_vain == {}
+    assert study_of([given_up, failed]).measured == (failed,)
+
+
 def test_a_setting_whose_worker_was_lost_while_it_resumed_another_is_counted_once() -> None:
     given_up = trial(0, 2.0, None, Outcome.DOMINATED)
     for outcome in (Outcome.FAILED, Outcome.INTERRUPTED):

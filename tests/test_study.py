@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from accelsearch import objective, pictures
@@ -45,13 +46,16 @@ from accelsearch.storage import (
     StoredStudy,
     StoredTrial,
     Verification,
+    create_study,
     engine,
     give_up,
     open_storage,
     read_studies,
+    record_verification,
     study_name,
 )
 from accelsearch.study import OTHERS, Found, search
+from tests.stored import add_trial
 
 MakeConfiguration = Callable[..., Any]
 Params = Mapping[str, ParamValue]
@@ -433,6 +437,85 @@ def test_the_answer_to_a_goal_is_timed_on_where_it_may_fall_short(lab: Lab) -> N
     other = lab.search(sure, goal=1.2, trials=12, sampler="grid")
     assert other.answer is not None
     assert sure.measured == []  # it surely reaches this, however coarsely it is timed
+
+
+def test_at_the_limit_of_trials_those_enqueued_wait_while_the_best_is_timed_on(lab: Lab) -> None:
+    lab.search(Timed(), trials=1, latency=LatencySettings(max_pairs=6))
+    lab.suggest((2, 0), (2, 1), (4, 0))
+    bench = Timed()
+    found = lab.search(bench, trials=2)
+    assert found.stopped == "the limit of 2 trials"
+    assert {setting(params) for params in bench.measured} == {(2, 0), (3, 0)}
+    assert len(found.study.measured) == 2
+    waiting = [one.state for one in lab.study.trials].count(TrialState.WAITING)
+    assert waiting == 2
+
+
+def test_at_the_limit_of_trials_those_enqueued_wait_while_another_is_gone_on_with(
+    lab: Lab,
+) -> None:
+    lab.search(Stand(), trials=1, goal=9.0)
+    lab.suggest((2, 0))
+    bench = Stand()
+    found = lab.search(bench, trials=1)
+    assert found.stopped == "the limit of 1 trials"
+    assert [setting(params) for params in bench.measured] == [(3, 0)]
+
+
+def test_a_failure_while_a_setting_is_timed_on_leaves_its_trial_the_best(lab: Lab) -> None:
+    class Crowded(Timed):
+        def measure(self, params: Params, **question: Any) -> Result:
+            result = super().measure(params, **question)
+            if question["known"] is not None:
+                raise TrialError("out of GPU memory")
+            return result
+
+    bench = Crowded()
+    found = lab.search(bench, trials=12, sampler="grid")
+    failed = [one for one in found.study.trials if one.outcome is Outcome.FAILED]
+    assert failed
+    # Each is tried once: what fills the GPU may fill it for ever.
+    assert len({one.resumes for one in failed}) == len(failed) == len(bench.measured) - 12
+    best = max(
+        found.study.trials, key=lambda one: one.feasible(lab.configuration()) * (one.speedup or 0)
+    )
+    assert found.best == best
+    assert best.number in {one.resumes for one in failed}
+    assert len(found.study.current) == 12
+    again = Crowded()
+    assert lab.search(again, trials=12, sampler="grid").best == best
+    assert again.measured == []
+
+
+def test_a_setting_whose_worker_is_lost_too_often_while_it_is_timed_on_stays_as_it_is(
+    lab: Lab,
+) -> None:
+    class Stopped(Timed):
+        def measure(self, params: Params, **question: Any) -> Result:
+            if len(self.measured) == 12:
+                raise KeyboardInterrupt
+            return super().measure(params, **question)
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.search(Stopped(), trials=12, sampler="grid")
+    interrupted = lab.study.trials[-1]
+    study = lab.study
+    study.enqueue_trial(interrupted.params)
+    lost = study.ask(dict(interrupted.distributions))
+    # As `reconcile` leaves it, which cannot know what it resumed.
+    give_up(study._storage, study.trials[lost.number], Outcome.FAILED, "its worker is gone")
+
+    class Ends(Events):
+        def trial_finished(self, study: StoredStudy) -> None:
+            assert len(study.trials) < 60, "the search does not end"
+
+    bench = Timed()
+    found = lab.search(bench, Ends(), trials=12, sampler="grid")
+    assert interrupted.params not in bench.measured
+    assert found.best is not None
+    assert found.best.params == interrupted.params
+    assert found.best.resumes is None
+    assert lab.study.trials[-1].user_attrs.keys().isdisjoint({"reused_from"})
 
 
 @pytest.mark.parametrize("reason", ["images contain NaN", "images are black", "out of GPU memory"])
@@ -1285,6 +1368,33 @@ def test_the_answer_to_a_goal_is_verified_too(lab: Lab) -> None:
     found = lab.search(bench, trials=12, goal=1.2, held_out_prompts=HELD_OUT)
     assert found.answer is not None
     assert found.study.verifications.keys() == {found.answer.number}
+
+
+def test_what_another_worker_verifies_while_a_search_reads_its_trials_is_read_the_next_time(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration = lab.configuration(trials=1)
+    storage, another = open_storage(lab.url), open_storage(lab.url)
+    create_study(storage, configuration, environment_of(configuration), RandomSampler())
+    real, reads = storage.get_all_trials, 0
+
+    def read(study_id: int, *arguments: Any, **options: Any) -> Any:
+        nonlocal reads
+        trials = real(study_id, *arguments, **options)
+        reads += 1
+        if reads == 2:  # the first is that of who clears away
+            assert trials == []
+            name = another.get_study_name_from_id(study_id)
+            study = optuna.load_study(study_name=name, storage=another)
+            number = add_trial(study, 1.5, 0.0)
+            scores = (Scores("clip_score", (50.0,) * 150, (50.0,) * 150),)
+            record_verification(study, number, 0, scores)
+        return trials
+
+    monkeypatch.setattr(storage, "get_all_trials", read)
+    found = search(configuration, storage, artifacts=lab.artifacts, bench=Stand())
+    assert reads > 2
+    assert found.study.verifications.keys() == {0}
 
 
 def test_too_few_held_out_prompts_are_refused_and_how_many_it_takes_is_told(lab: Lab) -> None:
