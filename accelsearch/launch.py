@@ -108,6 +108,7 @@ class _Place:
     job: _Job | None = None
     trials: int = 0  # of workers that have left
     at_work: WorkerRow | None = None
+    left: set[str] = field(default_factory=set)  # rows of workers that have left
     futile: int = 0
     start_at: float = 0.0
     finished: bool = False
@@ -281,14 +282,18 @@ def _tend(
 def _look(crew: Crew, storage: BaseStorage, launcher: Worker) -> None:
     """See which workers are there, and end those that are silent: they hang in one long call."""
     rows = all_workers(engine(storage))
-    by_name = {row.identity.name: row for row in rows}
     cut = launcher.cut
     for place in crew.places:
-        place.at_work = by_name.get(crew.worker(place.seat), place.at_work)
-        if place.at_work is None or place.job is None or cut:
+        here = [row for row in rows if row.identity.name == crew.worker(place.seat)]
+        if place.job is None:
+            # Who was killed leaves its row behind: it says nothing of who comes next.
+            place.left.update(row.identity.id for row in here)
             continue
-        if place.at_work.unseen_s > GRACE_S and place.at_work.identity.name in by_name:
-            place.job.kill()
+        here = [row for row in here if row.identity.id not in place.left]
+        if here:
+            place.at_work = here[-1]  # the latest
+            if place.at_work.unseen_s > GRACE_S and not cut:
+                place.job.kill()
 
 
 def _stop(crew: Crew, storage: BaseStorage, watcher: Watcher, poll_s: float) -> None:
