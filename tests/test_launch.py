@@ -178,6 +178,18 @@ def test_what_cannot_be_meant_is_told_before_anything_starts(
     assert not (launch.folder / "logs").exists()
 
 
+def test_logs_that_cannot_be_written_are_told_in_one_line(
+    started: Callable[..., Launch], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    launch = started("--logs", str(tmp_path / "file" / "logs"))
+    assert launch.wait() == 2
+    said = launch.output.read_text().splitlines()
+    assert said[-1].startswith("accelsearch: the logs' folder must be writable, got "), said
+    assert said[-1].endswith("Not a directory; name another with --logs")
+    assert "Traceback" not in launch.output.read_text()
+
+
 # Seats
 
 
