@@ -34,6 +34,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 from accelsearch.budget import Judgement, Verdict
 from accelsearch.claims import create_tables
 from accelsearch.configuration import Budget, Configuration, told
+from accelsearch.drivers import DRIVERS, EXTRAS, LIMITS
 from accelsearch.errors import StorageError, TrialError, nearest
 from accelsearch.judging import judge, judge_held_out
 from accelsearch.measurement import (
@@ -83,19 +84,7 @@ __all__ = [
 
 _HEARTBEAT_S, _GRACE_S = 30, 120
 _BUSY_S = 60  # that a writer waits for another one's lock on a SQLite file
-# The drivers that are tested, instead of SQLAlchemy's own choice, and what installs them.
-_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
-_EXTRAS = {"postgresql+psycopg": "postgres", "mysql+pymysql": "mysql"}
-# A server that is cut off is noticed within a minute, not when TCP gives up after a quarter hour.
-_POSTGRES = {
-    "connect_timeout": 10,
-    "keepalives_idle": 20,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 60_000,  # ms
-}
 _RESTED_S = 1.0  # without use, after which a connection is looked at before it is used
-_MYSQL = {"connect_timeout": 10, "read_timeout": 60, "write_timeout": 60}
 _STARTING_S = 60  # that a server may take to start
 _RACES = 10  # attempts to make the tables beside others who do
 _KINDS = ("sqlite", "postgresql", "mysql")
@@ -288,7 +277,7 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
     # One connection for the trials; the heartbeat has another only while it beats.
     options: dict[str, Any] = {"pool_size": 1, "max_overflow": 4}
     if parsed.get_backend_name() in ("postgresql", "mysql"):
-        limits = _POSTGRES if parsed.get_backend_name() == "postgresql" else _MYSQL
+        limits = LIMITS.get(parsed.drivername, {})
         unsaid = {key: value for key, value in limits.items() if key not in parsed.query}
         options["connect_args"] = unsaid
     elif parsed.get_backend_name() == "sqlite":
@@ -321,7 +310,7 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
             _use_write_ahead_log(storage)
     except ImportError as error:
         driver = parsed.drivername
-        extra = _EXTRAS.get(driver)
+        extra = EXTRAS.get(driver)
         remedy = f"; run: pip install 'accelsearch[{extra}]'" if extra else ""
         raise StorageError(
             f"storage {shown} needs the driver of {driver}, which is not installed: "
@@ -786,7 +775,7 @@ def _parsed(url: str) -> URL:
         raise StorageError(
             f"storage must name an installed driver, got {parsed.drivername!r}"
         ) from None
-    return parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
+    return parsed.set(drivername=DRIVERS.get(parsed.drivername, parsed.drivername))
 
 
 def _well_formed(url: str) -> URL | None:
