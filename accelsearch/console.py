@@ -440,7 +440,7 @@ def _losses(trial: StoredTrial, study: StoredStudy) -> str:
         for loss, budget in losses
         if loss is not None
     ]
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     if verification is not None:
         told.append("verified" if verification.verified else "not verified")
     return "\n".join(told)

@@ -229,7 +229,7 @@ def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
     judgement, measurement = trial.judgement(study.configuration), trial.measurement
     assert judgement is not None
     assert measurement is not None
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     verified = verification is not None and verification.verified
     return {
         "scored_images": len(measurement.scores[0].accelerated),

@@ -248,6 +248,22 @@ class StoredStudy:
         """The trials that keep all budgets, each setting once, in the order they were measured."""
         return tuple(one for one in self.current if one.feasible(self.configuration))
 
+    @cached_property
+    def tried(self) -> dict[tuple[tuple[str, ParamValue], ...], Verification]:
+        """What held-out prompts say of each setting that was tried on them.
+
+        Of several verifications of one setting, which earlier versions made of trials that resume
+        each other, the one that holds, or else the first, whose share of the error was largest.
+        """
+        by_preference = sorted(
+            self.verifications.values(), key=lambda one: (not one.verified, one.candidate)
+        )
+        return {self.trials[one.trial].setting: one for one in reversed(by_preference)}
+
+    def verification(self, trial: StoredTrial) -> Verification | None:
+        """What held-out prompts say of a trial's setting, whichever trial of it was tried."""
+        return self.tried.get(trial.setting)
+
 
 def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> BaseStorage:
     """Open the database that `url` names, and create its file and tables if there are none.

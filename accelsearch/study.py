@@ -70,7 +70,7 @@ _CANDIDATES = 500  # settings that the guide looks at, of more some at random
 _LEARNT = 150  # trials that it learns from, the fastest: what is slow is of no interest
 _NOISE = 0.05  # of a pair's log ratio, as long as nobody has measured it
 _DRAWS = 3  # of so many settings, before nothing is taken to be left
-_CANDIDATES_VERIFIED = 6  # trials tried on one set of held-out prompts
+_CANDIDATES_VERIFIED = 6  # settings tried on one set of held-out prompts
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
 _ATTEMPTS = 1000  # to draw one that is untried from a space that is not listed
 _ENUMERABLE = 100_000  # settings up to which a space is listed to find untried ones
@@ -545,15 +545,15 @@ class _Search:
             best = max(feasible_trials(stored), key=lambda one: one.speedup or 0.0, default=None)
         else:
             best = targeted(stored, self._goal, self._choice)
-        tried = len(stored.verifications)
-        if best is None or best.number in stored.verifications or tried >= _CANDIDATES_VERIFIED:
+        tried = len(stored.tried)
+        if best is None or stored.verification(best) or tried >= _CANDIDATES_VERIFIED:
             return False
         # One worker does so; the others wait for what comes of it.
         if not self._worker.claim(self._study._study_id, {"verify": best.number}):
             return False
         try:
             self._stored = self._read()
-            if best.number not in self._stored.verifications:
+            if self._stored.verification(best) is None:
                 scores = self._bench.held_out_scores(best.params)
                 record_verification(self._study, best.number, tried, scores)
                 self._stored = self._read()
@@ -564,7 +564,8 @@ class _Search:
             return False
         finally:
             self._worker.release()
-        verification = self._stored.verifications[best.number]
+        verification = self._stored.verification(best)
+        assert verification is not None
         self._progress.verified(self._stored, verification)
         return not verification.verified
 

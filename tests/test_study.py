@@ -1255,6 +1255,32 @@ def test_a_refuted_trial_is_followed_by_the_next_best_with_its_own_share_of_the_
     assert [one.verified for one in by_candidate] == [False] * len(held) + [True]
 
 
+class TimedAndJudged(Timed, Judged):
+    """A stand-in of both: its best settings are timed on before held-out prompts are asked."""
+
+
+def test_a_verified_setting_that_is_timed_on_stays_verified_and_is_not_tried_again(
+    lab: Lab,
+) -> None:
+    with pytest.raises(PlanError) as refused:
+        lab.search(TimedAndJudged(), held_out_prompts=HELD_OUT[:5])
+    told = re.search(r">= (\d+)", str(refused.value))
+    assert told is not None
+    # So few that a second try, with less of the error, could verify nothing.
+    few = HELD_OUT[: int(told[1])]
+    first = lab.search(TimedAndJudged(), trials=12, sampler="grid", goal=1.2, held_out_prompts=few)
+    assert first.answer is not None
+    bench = TimedAndJudged()
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=few)
+    assert found.best is not None
+    assert found.best.params == first.answer.params
+    assert found.best.number > first.answer.number
+    assert bench.held_out == []
+    verification = found.study.verification(found.best)
+    assert verification is not None
+    assert verification.verified
+
+
 def test_what_a_refuted_trial_had_dominated_is_scored_after_all(lab: Lab) -> None:
     lab.search(Judged({3: 0.2}), trials=1, held_out_prompts=())
     lab.suggest((2, 0))

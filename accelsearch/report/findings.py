@@ -120,7 +120,7 @@ def summary(studies: Sequence[StoredStudy]) -> str:
 
 def verified(study: StoredStudy, trial: StoredTrial) -> bool | None:
     """What held-out prompts say of a trial; None where it was not tried on any."""
-    found = study.verifications.get(trial.number)
+    found = study.verification(trial)
     return None if found is None else found.verified
 
 
@@ -330,7 +330,7 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 "to promise it for others of their kind",
             )
         )
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     if verification is None:
         told.append(
             (

@@ -219,7 +219,7 @@ def _loss(told: str, metric: str) -> tuple[str, str]:
 
 
 def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, str]:
-    found = study.verifications.get(trial.number)
+    found = study.verification(trial)
     if found is None:
         return (
             {"word": "not tried", "told": "the plan reserves none", "mood": ""}
