@@ -66,6 +66,8 @@ Setting = tuple[tuple[str, ParamValue], ...]
 """What tells settings apart that differ in effect: names and values, sorted."""
 
 _GUIDED = "guided"
+# What a worker claims that verifies: whoever shares the error out must do so alone.
+_VERIFYING: Mapping[str, ParamValue] = {"verify": "held-out prompts"}
 _CANDIDATES = 500  # settings that the guide looks at, of more some at random
 _LEARNT = 150  # trials that it learns from, the fastest: what is slow is of no interest
 _NOISE = 0.05  # of a pair's log ratio, as long as nobody has measured it
@@ -251,10 +253,16 @@ class _Search:
             stopped, pending = self._why_stop()
             if stopped is None:
                 self._turn()
-            elif stopped == OTHERS or not self._verify():
-                found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
-                self._progress.study_finished(found)
-                return found
+                continue
+            candidate = None if stopped == OTHERS else self._candidate()
+            if candidate is not None and not self._worker.claim(self._study._study_id, _VERIFYING):
+                # One worker does so; the others wait for what comes of it.
+                stopped, pending = OTHERS, (_VERIFYING,)
+            elif candidate is not None and self._verify(candidate):
+                continue
+            found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
+            self._progress.study_finished(found)
+            return found
 
     # What is loaded when it is first needed: a search that has its answer needs none of it.
 
@@ -533,34 +541,38 @@ class _Search:
         if trial.error and not trial.repeated and len(failures) == len(measured) >= _HOPELESS:
             raise TrialError(f"all {len(failures)} trials failed, the last with {trial.error}")
 
-    def _verify(self) -> bool:
-        """Try the answer on held-out prompts; whether they refute it, so that there is more to do.
-
-        Candidates come fastest first, and share the error that is allowed: `candidate_alpha`.
-        """
-        if not self._configuration.held_out_prompts:
-            return False
+    def _candidate(self) -> StoredTrial | None:
+        """The answer, where held-out prompts are to be asked about it."""
         stored = self._stored
+        if not self._configuration.held_out_prompts:
+            return None
         if self._goal is None:
             best = max(feasible_trials(stored), key=lambda one: one.speedup or 0.0, default=None)
         else:
             best = targeted(stored, self._goal, self._choice)
-        tried = len(stored.tried)
-        if best is None or stored.verification(best) or tried >= _CANDIDATES_VERIFIED:
-            return False
-        # One worker does so; the others wait for what comes of it.
-        if not self._worker.claim(self._study._study_id, {"verify": best.number}):
-            return False
+        if best is None or stored.verification(best) or len(stored.tried) >= _CANDIDATES_VERIFIED:
+            return None
+        return best
+
+    def _verify(self, candidate: StoredTrial) -> bool:
+        """Try the answer on held-out prompts; whether there is more to do, as they refute it.
+
+        Candidates come fastest first, and share the error that is allowed: `candidate_alpha`. The
+        claim of the study's verifications is this worker's, and it is given up.
+        """
         try:
+            # What others have verified meanwhile has its share, and may have changed the answer.
             self._stored = self._read()
-            if self._stored.verification(best) is None:
-                scores = self._bench.held_out_scores(best.params)
-                record_verification(self._study, best.number, tried, scores)
-                self._stored = self._read()
+            best = self._candidate()
+            if best is None or best.number != candidate.number:
+                return True
+            scores = self._bench.held_out_scores(best.params)
+            record_verification(self._study, best.number, len(self._stored.tried), scores)
+            self._stored = self._read()
         except BaselineError:
             raise
         except TrialError as error:
-            self._progress.warned(f"trial {best.number} cannot be verified: {error}")
+            self._progress.warned(f"trial {candidate.number} cannot be verified: {error}")
             return False
         finally:
             self._worker.release()

@@ -45,6 +45,7 @@ from accelsearch.storage import (
     StoredStudy,
     StoredTrial,
     Verification,
+    create_study,
     engine,
     give_up,
     open_storage,
@@ -1311,6 +1312,56 @@ def test_the_answer_to_a_goal_is_verified_too(lab: Lab) -> None:
     found = lab.search(bench, trials=12, goal=1.2, held_out_prompts=HELD_OUT)
     assert found.answer is not None
     assert found.study.verifications.keys() == {found.answer.number}
+
+
+def test_while_one_worker_verifies_another_waits_for_what_comes_of_it(lab: Lab) -> None:
+    lab.search(Judged(), trials=12, sampler="grid")
+    beside: list[Found] = []
+    other = Judged()
+
+    class Beside(Judged):
+        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+            beside.append(
+                lab.search(other, trials=12, goal=0.85, choice="closest", held_out_prompts=HELD_OUT)
+            )
+            return super().held_out_scores(params)
+
+    lab.search(Beside(), trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert [found.stopped for found in beside] == [OTHERS]
+    assert beside[0].pending
+    assert other.held_out == []
+
+
+def test_what_another_worker_verified_just_before_has_its_own_share_of_the_error(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration, slower_first = lab.configuration(), ((2, 1), (2, 0), (3, 0))
+    sampler = optuna.samplers.RandomSampler()
+    create_study(open_storage(lab.url), configuration, environment_of(configuration), sampler)
+    lab.suggest(*slower_first)
+    lab.search(Judged(), trials=3)
+
+    class First(Judged):
+        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+            self.losses = {} if self.held_out else {2: 0.2}
+            return super().held_out_scores(params)
+
+    claim, others = Worker.claim, iter([First()])
+
+    def claimed(self: Worker, study_id: int, params: Params, **of: Any) -> bool:
+        other = next(others, None)
+        if other is not None:
+            lab.search(other, trials=3, goal=0.85, choice="closest", held_out_prompts=HELD_OUT)
+            assert other.held_out == [(2, 1), (2, 0)]
+        return claim(self, study_id, params, **of)
+
+    monkeypatch.setattr(Worker, "claim", claimed)
+    bench = Judged()
+    found = lab.search(bench, trials=3, held_out_prompts=HELD_OUT)
+    assert bench.held_out == [(3, 0)]
+    shares = {one.trial: one.candidate for one in found.study.verifications.values()}
+    assert shares[0] == 0  # (2, 1), which was refuted
+    assert shares[2] > 0
 
 
 def test_too_few_held_out_prompts_are_refused_and_how_many_it_takes_is_told(lab: Lab) -> None:
