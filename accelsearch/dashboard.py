@@ -414,6 +414,8 @@ def _limit(budget: Budget) -> str:
 
 def _held_out_violation(study: StoredStudy, verification: Verification) -> float:
     """By how much held-out prompts break a budget; more than 0 also where they are too few."""
+    if verification.failure is not None:
+        return _LEAST_VIOLATION
     by_metric = {scores.metric: scores for scores in verification.scores}
     return max(
         _LEAST_VIOLATION,

@@ -564,7 +564,9 @@ def _hover(study: StoredStudy, trial: StoredTrial) -> str:
     lines += _wrapped(settings_told(trial.params))
     lines += _wrapped(trial.reason)
     verification = study.verification(trial)
-    if verification is not None:
+    if verification is not None and verification.failure is not None:
+        lines += _wrapped(f"not confirmed: on held-out prompts it failed, {verification.failure}")
+    elif verification is not None:
         by_metric = {one.metric: one for one in verification.scores}
         losses = ", ".join(
             loss_told(score_loss(by_metric[one.metric], one.floor_db), one)

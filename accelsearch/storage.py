@@ -198,17 +198,19 @@ class Verification:
     """What prompts that the search never saw say of a trial.
 
     `candidate` counts the trials that were tried on these prompts, from 0: the first has the
-    largest share of the error that is allowed.
+    largest share of the error that is allowed. A trial that made no usable images of them has no
+    judgement and no scores, and `failure` says why.
     """
 
     trial: int
     candidate: int
-    judgement: Judgement
+    judgement: Judgement | None
     scores: tuple[Scores, ...]
+    failure: str | None = None
 
     @property
     def verified(self) -> bool:
-        return self.judgement.verdict is Verdict.WITHIN
+        return self.judgement is not None and self.judgement.verdict is Verdict.WITHIN
 
 
 @dataclass(frozen=True)
@@ -481,12 +483,17 @@ def _signed(violations: Mapping[str, float], outcome: Outcome) -> dict[str, floa
 
 
 def record_verification(
-    study: optuna.Study, trial: int, candidate: int, scores: Sequence[Scores]
+    study: optuna.Study,
+    trial: int,
+    candidate: int,
+    scores: Sequence[Scores],
+    failure: str | None = None,
 ) -> None:
-    """Store what held-out prompts scored, of a trial that has ended."""
-    study.set_user_attr(
-        f"{_VERIFICATION}{trial}", {"candidate": candidate, "scores": scores_to(scores)}
-    )
+    """Store what held-out prompts scored, of a trial that has ended, or why they have no scores."""
+    value: dict[str, Any] = {"candidate": candidate, "scores": scores_to(scores)}
+    if failure is not None:
+        value["failure"] = failure
+    study.set_user_attr(f"{_VERIFICATION}{trial}", value)
 
 
 def record_request(study: optuna.Study, speedup: float, choice: str) -> None:
@@ -707,7 +714,10 @@ def _verifications(study: StoredStudy, attributes: Mapping[str, Any]) -> dict[in
     for key, value in attributes.items():
         if key.startswith(_VERIFICATION):
             number = int(key.removeprefix(_VERIFICATION))
-            scores = scores_from(value["scores"])
+            scores, failure = scores_from(value["scores"]), value.get("failure")
+            if failure is not None:
+                found[number] = Verification(number, value["candidate"], None, scores, str(failure))
+                continue
             searched = study.trials[number].measurement
             assert searched is not None
             judgement = judge_held_out(

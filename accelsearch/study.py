@@ -30,6 +30,7 @@ from accelsearch.measurement import (
     Environment,
     Measurement,
     ParamValue,
+    Scores,
     pair_noise,
     score_losses,
 )
@@ -566,14 +567,17 @@ class _Search:
             best = self._candidate()
             if best is None or best.number != candidate.number:
                 return True
-            scores = self._bench.held_out_scores(best.params)
-            record_verification(self._study, best.number, len(self._stored.tried), scores)
+            share, failure = len(self._stored.tried), None
+            scores: tuple[Scores, ...] = ()
+            try:
+                scores = self._bench.held_out_scores(best.params)
+            except BaselineError:
+                raise
+            except TrialError as error:
+                # Not confirmed, and so no answer: its images of other prompts are unusable.
+                failure = error.reason
+            record_verification(self._study, best.number, share, scores, failure)
             self._stored = self._read()
-        except BaselineError:
-            raise
-        except TrialError as error:
-            self._progress.warned(f"trial {candidate.number} cannot be verified: {error}")
-            return False
         finally:
             self._worker.release()
         verification = self._stored.verification(best)

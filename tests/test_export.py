@@ -624,6 +624,15 @@ def test_where_nothing_is_confirmed_the_best_is_exported_as_not_verified(
     assert entry["verification"]["losses"] == {"clip_score": pytest.approx(0.1)}
 
 
+def test_an_entry_that_failed_on_held_out_prompts_says_so(database: BaseStorage, out: Path) -> None:
+    study = started(database)
+    record_verification(study, add_trial(study, 3.0, 0.01), 0, (), "images are black")
+    exported(database, out)
+    entry = entries(out)[0][BOUND]
+    assert (entry["verified"], entry["verification"]) == (False, None)
+    assert entry["unverified_because"] == "it failed on the held-out prompts: images are black"
+
+
 def test_an_early_accepted_entry_says_of_how_many_images_and_what_it_may_lose(
     database: BaseStorage, out: Path
 ) -> None:

@@ -1386,13 +1386,22 @@ def test_held_out_prompts_are_refused_where_no_loss_is_allowed(lab: Lab) -> None
         lab.search(Judged(), budgets=none, held_out_prompts=HELD_OUT)
 
 
-def test_a_setting_that_cannot_make_held_out_images_is_told_and_stays_unverified(lab: Lab) -> None:
+def test_a_setting_that_cannot_make_held_out_images_is_refuted_with_its_reason(lab: Lab) -> None:
     class Broken(Judged):
         def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
-            raise TrialError("images are black")
+            found = super().held_out_scores(params)
+            if setting(params)[0] == 3:
+                raise TrialError("images are black")
+            return found
 
-    events = Events()
-    found = lab.search(Broken(), events, trials=1, held_out_prompts=HELD_OUT)
+    bench, events = Broken(), Events()
+    found = lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
     assert found.best is not None
-    assert found.study.verifications == {}
-    assert "trial 0 cannot be verified: images are black" in events.told
+    assert found.best.params == {"cache_interval": 2, "cache_branch_id": 0}
+    first, *_, last = sorted(found.study.verifications.values(), key=lambda one: one.candidate)
+    assert (first.verified, first.failure, first.scores) == (False, "images are black", ())
+    assert last.verified
+    assert f"trial {first.trial} refuted" in events.told
+    again = Broken()
+    lab.search(again, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert again.loaded == 0

@@ -340,6 +340,8 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 else "none: set held_out_images in the plan, and run accelsearch bounds again",
             )
         )
+    elif verification.judgement is None:
+        told.append(("Verification", f"failed on the held-out prompts: {verification.failure}"))
     else:
         by_metric = {one.metric: one for one in verification.scores}
         count = len(verification.scores[0].accelerated)
@@ -384,7 +386,8 @@ def plan_of(study: StoredStudy) -> str:
     """
     configuration = study.configuration
     held_out = max(
-        (len(one.scores[0].accelerated) for one in study.verifications.values()), default=0
+        (len(one.scores[0].accelerated) for one in study.verifications.values() if one.scores),
+        default=0,
     )
     lines = [f"{name} = {_toml(value)}" for name, value in _plan_fields(configuration, held_out)]
     tables: list[tuple[str, Mapping[str, Any]]] = [
