@@ -229,19 +229,21 @@ def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
     judgement, measurement = trial.judgement(study.configuration), trial.measurement
     assert judgement is not None
     assert measurement is not None
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     verified = verification is not None and verification.verified
     return {
         "scored_images": len(measurement.scores[0].accelerated),
         "loss_intervals": {name: list(ends) for name, ends in judgement.intervals.items()},
         "proven": judgement.proven,
         "verified": verified,
-        "verification": None if verification is None else _verification(study, verification),
+        "verification": _verification(study, verification),
         "unverified_because": None if verified else _unverified(study, verification),
     }
 
 
-def _verification(study: StoredStudy, verification: Verification) -> dict[str, Any]:
+def _verification(study: StoredStudy, verification: Verification | None) -> dict[str, Any] | None:
+    if verification is None or verification.judgement is None:
+        return None
     by_metric = {one.metric: one for one in verification.scores}
     return {
         "images": len(verification.scores[0].accelerated),
@@ -257,6 +259,8 @@ def _verification(study: StoredStudy, verification: Verification) -> dict[str, A
 
 
 def _unverified(study: StoredStudy, verification: Verification | None) -> str:
+    if verification is not None and verification.failure is not None:
+        return f"it failed on the held-out prompts: {verification.failure}"
     if verification is not None:
         return "the held-out prompts do not confirm it"
     if study.verifications:

@@ -186,7 +186,7 @@ def speedup_against_loss(study: StoredStudy) -> go.Figure:
             add(here, marker=marker, name=name, legendgroup=name)
         if there:
             add(there, 2, marker=marker, name=name, legendgroup=name, showlegend=not here)
-    tried = [one for one in scored if one.number in study.verifications]
+    tried = [one for one in scored if study.verification(one) is not None]
     for name, colour, refuted in (
         ("verified on held-out prompts", _GREEN, False),
         ("not confirmed on held-out prompts", _WARM, True),
@@ -563,8 +563,10 @@ def _hover(study: StoredStudy, trial: StoredTrial) -> str:
         lines.append(f"{seen} of {configuration.images} images scored")
     lines += _wrapped(settings_told(trial.params))
     lines += _wrapped(trial.reason)
-    verification = study.verifications.get(trial.number)
-    if verification is not None:
+    verification = study.verification(trial)
+    if verification is not None and verification.failure is not None:
+        lines += _wrapped(f"not confirmed: on held-out prompts it failed, {verification.failure}")
+    elif verification is not None:
         by_metric = {one.metric: one for one in verification.scores}
         losses = ", ".join(
             loss_told(score_loss(by_metric[one.metric], one.floor_db), one)

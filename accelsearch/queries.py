@@ -29,8 +29,8 @@ def feasible_trials(study: StoredStudy) -> list[StoredTrial]:
 
 
 def is_refuted(study: StoredStudy, trial: StoredTrial) -> bool:
-    """Whether a trial was tried on held-out prompts, and they did not verify it."""
-    verification = study.verifications.get(trial.number)
+    """Whether a trial's setting was tried on held-out prompts, and they did not verify it."""
+    verification = study.verification(trial)
     return verification is not None and not verification.verified
 
 

@@ -187,17 +187,19 @@ class Verification:
     """What prompts that the search never saw say of a trial.
 
     `candidate` counts the trials that were tried on these prompts, from 0: the first has the
-    largest share of the error that is allowed.
+    largest share of the error that is allowed. A trial that made no usable images of them has no
+    judgement and no scores, and `failure` says why.
     """
 
     trial: int
     candidate: int
-    judgement: Judgement
+    judgement: Judgement | None
     scores: tuple[Scores, ...]
+    failure: str | None = None
 
     @property
     def verified(self) -> bool:
-        return self.judgement.verdict is Verdict.WITHIN
+        return self.judgement is not None and self.judgement.verdict is Verdict.WITHIN
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,22 @@ class StoredStudy:
     def feasible(self) -> tuple[StoredTrial, ...]:
         """The trials that keep all budgets, each setting once, in the order they were measured."""
         return tuple(one for one in self.current if one.feasible(self.configuration))
+
+    @cached_property
+    def tried(self) -> dict[tuple[tuple[str, ParamValue], ...], Verification]:
+        """What held-out prompts say of each setting that was tried on them.
+
+        Of several verifications of one setting, which earlier versions made of trials that resume
+        each other, the one that holds, or else the first, whose share of the error was largest.
+        """
+        by_preference = sorted(
+            self.verifications.values(), key=lambda one: (not one.verified, one.candidate)
+        )
+        return {self.trials[one.trial].setting: one for one in reversed(by_preference)}
+
+    def verification(self, trial: StoredTrial) -> Verification | None:
+        """What held-out prompts say of a trial's setting, whichever trial of it was tried."""
+        return self.tried.get(trial.setting)
 
 
 def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> BaseStorage:
@@ -477,12 +495,17 @@ def _signed(violations: Mapping[str, float], outcome: Outcome) -> dict[str, floa
 
 
 def record_verification(
-    study: optuna.Study, trial: int, candidate: int, scores: Sequence[Scores]
+    study: optuna.Study,
+    trial: int,
+    candidate: int,
+    scores: Sequence[Scores],
+    failure: str | None = None,
 ) -> None:
-    """Store what held-out prompts scored, of a trial that has ended."""
-    study.set_user_attr(
-        f"{_VERIFICATION}{trial}", {"candidate": candidate, "scores": scores_to(scores)}
-    )
+    """Store what held-out prompts scored, of a trial that has ended, or why they have no scores."""
+    value: dict[str, Any] = {"candidate": candidate, "scores": scores_to(scores)}
+    if failure is not None:
+        value["failure"] = failure
+    study.set_user_attr(f"{_VERIFICATION}{trial}", value)
 
 
 def record_request(study: optuna.Study, speedup: float, choice: str) -> None:
@@ -701,7 +724,10 @@ def _verifications(study: StoredStudy, attributes: Mapping[str, Any]) -> dict[in
     for key, value in attributes.items():
         if key.startswith(_VERIFICATION):
             number = int(key.removeprefix(_VERIFICATION))
-            scores = scores_from(value["scores"])
+            scores, failure = scores_from(value["scores"]), value.get("failure")
+            if failure is not None:
+                found[number] = Verification(number, value["candidate"], None, scores, str(failure))
+                continue
             searched = study.trials[number].measurement
             assert searched is not None
             judgement = judge_held_out(

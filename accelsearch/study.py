@@ -30,6 +30,7 @@ from accelsearch.measurement import (
     Environment,
     Measurement,
     ParamValue,
+    Scores,
     pair_noise,
     score_losses,
 )
@@ -66,11 +67,13 @@ Setting = tuple[tuple[str, ParamValue], ...]
 """What tells settings apart that differ in effect: names and values, sorted."""
 
 _GUIDED = "guided"
+# What a worker claims that verifies: whoever shares the error out must do so alone.
+_VERIFYING: Mapping[str, ParamValue] = {"verify": "held-out prompts"}
 _CANDIDATES = 500  # settings that the guide looks at, of more some at random
 _LEARNT = 150  # trials that it learns from, the fastest: what is slow is of no interest
 _NOISE = 0.05  # of a pair's log ratio, as long as nobody has measured it
 _DRAWS = 3  # of so many settings, before nothing is taken to be left
-_CANDIDATES_VERIFIED = 6  # trials tried on one set of held-out prompts
+_CANDIDATES_VERIFIED = 6  # settings tried on one set of held-out prompts
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
 _ATTEMPTS = 1000  # to draw one that is untried from a space that is not listed
 _ENUMERABLE = 100_000  # settings up to which a space is listed to find untried ones
@@ -284,10 +287,16 @@ class _Search:
             stopped, pending = self._why_stop()
             if stopped is None:
                 self._turn()
-            elif stopped == OTHERS or not self._verify():
-                found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
-                self._progress.study_finished(found)
-                return found
+                continue
+            candidate = None if stopped == OTHERS else self._candidate()
+            if candidate is not None and not self._worker.claim(self._study._study_id, _VERIFYING):
+                # One worker does so; the others wait for what comes of it.
+                stopped, pending = OTHERS, (_VERIFYING,)
+            elif candidate is not None and self._verify(candidate):
+                continue
+            found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
+            self._progress.study_finished(found)
+            return found
 
     # What is loaded when it is first needed: a search that has its answer needs none of it.
 
@@ -553,38 +562,46 @@ class _Search:
         if trial.error and not trial.repeated and len(failures) == len(measured) >= _HOPELESS:
             raise TrialError(f"all {len(failures)} trials failed, the last with {trial.error}")
 
-    def _verify(self) -> bool:
-        """Try the answer on held-out prompts; whether they refute it, so that there is more to do.
-
-        Candidates come fastest first, and share the error that is allowed: `candidate_alpha`.
-        """
-        if not self._configuration.held_out_prompts:
-            return False
+    def _candidate(self) -> StoredTrial | None:
+        """The answer, where held-out prompts are to be asked about it."""
         stored = self._stored
+        if not self._configuration.held_out_prompts:
+            return None
         if self._goal is None:
             best = max(feasible_trials(stored), key=lambda one: one.speedup or 0.0, default=None)
         else:
             best = targeted(stored, self._goal, self._choice)
-        tried = len(stored.verifications)
-        if best is None or best.number in stored.verifications or tried >= _CANDIDATES_VERIFIED:
-            return False
-        # One worker does so; the others wait for what comes of it.
-        if not self._worker.claim(self._study._study_id, {"verify": best.number}):
-            return False
+        if best is None or stored.verification(best) or len(stored.tried) >= _CANDIDATES_VERIFIED:
+            return None
+        return best
+
+    def _verify(self, candidate: StoredTrial) -> bool:
+        """Try the answer on held-out prompts; whether there is more to do, as they refute it.
+
+        Candidates come fastest first, and share the error that is allowed: `candidate_alpha`. The
+        claim of the study's verifications is this worker's, and it is given up.
+        """
         try:
+            # What others have verified meanwhile has its share, and may have changed the answer.
             self._stored = self._read()
-            if best.number not in self._stored.verifications:
+            best = self._candidate()
+            if best is None or best.number != candidate.number:
+                return True
+            share, failure = len(self._stored.tried), None
+            scores: tuple[Scores, ...] = ()
+            try:
                 scores = self._bench.held_out_scores(best.params)
-                record_verification(self._study, best.number, tried, scores)
-                self._stored = self._read()
-        except BaselineError:
-            raise
-        except TrialError as error:
-            self._progress.warned(f"trial {best.number} cannot be verified: {error}")
-            return False
+            except BaselineError:
+                raise
+            except TrialError as error:
+                # Not confirmed, and so no answer: its images of other prompts are unusable.
+                failure = error.reason
+            record_verification(self._study, best.number, share, scores, failure)
+            self._stored = self._read()
         finally:
             self._worker.release()
-        verification = self._stored.verifications[best.number]
+        verification = self._stored.verification(best)
+        assert verification is not None
         self._progress.verified(self._stored, verification)
         return not verification.verified
 

@@ -26,6 +26,7 @@ from accelsearch.storage import (
     Outcome,
     create_study,
     open_storage,
+    read_study,
     record,
     record_request,
     record_verification,
@@ -588,12 +589,27 @@ def test_a_refuted_trial_gives_way_to_the_next_and_the_confidence_is_that_of_a_s
 ) -> None:
     study = started(database)
     record_verification(study, add_trial(study, 3.0, 0.01), 0, held_out(0.1))
-    slower = add_trial(study, 2.0, 0.01)
+    slower = add_trial(study, 2.0, 0.01, params={"cache_interval": 2, "cache_branch_id": 0})
     record_verification(study, slower, 1, held_out(0.0, 400))
     exported(database, out)
     entry = entries(out)[0][BOUND]
     assert (entry["trial"], entry["verified"]) == (slower, True)
     assert entry["verification"]["confidence"] == pytest.approx(0.9875)
+
+
+def test_an_entry_of_a_trial_that_was_timed_on_is_verified_as_its_setting_was(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    record_verification(study, add_trial(study, 2.0, 0.01), 0, held_out(0.002))
+    again = add_trial(study, 2.1, 0.01)
+    # What an earlier version found, which tried the same setting with less of the error.
+    record_verification(study, again, 4, held_out(0.002, 110))
+    assert not read_study(study).verifications[again].verified
+    exported(database, out)
+    entry = entries(out)[0][BOUND]
+    assert (entry["trial"], entry["verified"]) == (again, True)
+    assert entry["verification"]["images"] == 300
 
 
 def test_where_nothing_is_confirmed_the_best_is_exported_as_not_verified(
@@ -606,6 +622,15 @@ def test_where_nothing_is_confirmed_the_best_is_exported_as_not_verified(
     assert entry["verified"] is False
     assert entry["unverified_because"] == "the held-out prompts do not confirm it"
     assert entry["verification"]["losses"] == {"clip_score": pytest.approx(0.1)}
+
+
+def test_an_entry_that_failed_on_held_out_prompts_says_so(database: BaseStorage, out: Path) -> None:
+    study = started(database)
+    record_verification(study, add_trial(study, 3.0, 0.01), 0, (), "images are black")
+    exported(database, out)
+    entry = entries(out)[0][BOUND]
+    assert (entry["verified"], entry["verification"]) == (False, None)
+    assert entry["unverified_because"] == "it failed on the held-out prompts: images are black"
 
 
 def test_an_early_accepted_entry_says_of_how_many_images_and_what_it_may_lose(

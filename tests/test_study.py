@@ -1338,6 +1338,32 @@ def test_a_refuted_trial_is_followed_by_the_next_best_with_its_own_share_of_the_
     assert [one.verified for one in by_candidate] == [False] * len(held) + [True]
 
 
+class TimedAndJudged(Timed, Judged):
+    """A stand-in of both: its best settings are timed on before held-out prompts are asked."""
+
+
+def test_a_verified_setting_that_is_timed_on_stays_verified_and_is_not_tried_again(
+    lab: Lab,
+) -> None:
+    with pytest.raises(PlanError) as refused:
+        lab.search(TimedAndJudged(), held_out_prompts=HELD_OUT[:5])
+    told = re.search(r">= (\d+)", str(refused.value))
+    assert told is not None
+    # So few that a second try, with less of the error, could verify nothing.
+    few = HELD_OUT[: int(told[1])]
+    first = lab.search(TimedAndJudged(), trials=12, sampler="grid", goal=1.2, held_out_prompts=few)
+    assert first.answer is not None
+    bench = TimedAndJudged()
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=few)
+    assert found.best is not None
+    assert found.best.params == first.answer.params
+    assert found.best.number > first.answer.number
+    assert bench.held_out == []
+    verification = found.study.verification(found.best)
+    assert verification is not None
+    assert verification.verified
+
+
 def test_what_a_refuted_trial_had_dominated_is_scored_after_all(lab: Lab) -> None:
     lab.search(Judged({3: 0.2}), trials=1, held_out_prompts=())
     lab.suggest((2, 0))
@@ -1397,6 +1423,56 @@ def test_what_another_worker_verifies_while_a_search_reads_its_trials_is_read_th
     assert found.study.verifications.keys() == {0}
 
 
+def test_while_one_worker_verifies_another_waits_for_what_comes_of_it(lab: Lab) -> None:
+    lab.search(Judged(), trials=12, sampler="grid")
+    beside: list[Found] = []
+    other = Judged()
+
+    class Beside(Judged):
+        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+            beside.append(
+                lab.search(other, trials=12, goal=0.85, choice="closest", held_out_prompts=HELD_OUT)
+            )
+            return super().held_out_scores(params)
+
+    lab.search(Beside(), trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert [found.stopped for found in beside] == [OTHERS]
+    assert beside[0].pending
+    assert other.held_out == []
+
+
+def test_what_another_worker_verified_just_before_has_its_own_share_of_the_error(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration, slower_first = lab.configuration(), ((2, 1), (2, 0), (3, 0))
+    sampler = optuna.samplers.RandomSampler()
+    create_study(open_storage(lab.url), configuration, environment_of(configuration), sampler)
+    lab.suggest(*slower_first)
+    lab.search(Judged(), trials=3)
+
+    class First(Judged):
+        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+            self.losses = {} if self.held_out else {2: 0.2}
+            return super().held_out_scores(params)
+
+    claim, others = Worker.claim, iter([First()])
+
+    def claimed(self: Worker, study_id: int, params: Params, **of: Any) -> bool:
+        other = next(others, None)
+        if other is not None:
+            lab.search(other, trials=3, goal=0.85, choice="closest", held_out_prompts=HELD_OUT)
+            assert other.held_out == [(2, 1), (2, 0)]
+        return claim(self, study_id, params, **of)
+
+    monkeypatch.setattr(Worker, "claim", claimed)
+    bench = Judged()
+    found = lab.search(bench, trials=3, held_out_prompts=HELD_OUT)
+    assert bench.held_out == [(3, 0)]
+    shares = {one.trial: one.candidate for one in found.study.verifications.values()}
+    assert shares[0] == 0  # (2, 1), which was refuted
+    assert shares[2] > 0
+
+
 def test_too_few_held_out_prompts_are_refused_and_how_many_it_takes_is_told(lab: Lab) -> None:
     bench = Judged()
     with pytest.raises(PlanError, match=r"held_out_images must be >= (\d+) .*got 5;") as refused:
@@ -1419,13 +1495,22 @@ def test_held_out_prompts_are_refused_where_no_loss_is_allowed(lab: Lab) -> None
         lab.search(Judged(), budgets=none, held_out_prompts=HELD_OUT)
 
 
-def test_a_setting_that_cannot_make_held_out_images_is_told_and_stays_unverified(lab: Lab) -> None:
+def test_a_setting_that_cannot_make_held_out_images_is_refuted_with_its_reason(lab: Lab) -> None:
     class Broken(Judged):
         def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
-            raise TrialError("images are black")
+            found = super().held_out_scores(params)
+            if setting(params)[0] == 3:
+                raise TrialError("images are black")
+            return found
 
-    events = Events()
-    found = lab.search(Broken(), events, trials=1, held_out_prompts=HELD_OUT)
+    bench, events = Broken(), Events()
+    found = lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
     assert found.best is not None
-    assert found.study.verifications == {}
-    assert "trial 0 cannot be verified: images are black" in events.told
+    assert found.best.params == {"cache_interval": 2, "cache_branch_id": 0}
+    first, *_, last = sorted(found.study.verifications.values(), key=lambda one: one.candidate)
+    assert (first.verified, first.failure, first.scores) == (False, "images are black", ())
+    assert last.verified
+    assert f"trial {first.trial} refuted" in events.told
+    again = Broken()
+    lab.search(again, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert again.loaded == 0

@@ -120,7 +120,7 @@ def summary(studies: Sequence[StoredStudy]) -> str:
 
 def verified(study: StoredStudy, trial: StoredTrial) -> bool | None:
     """What held-out prompts say of a trial; None where it was not tried on any."""
-    found = study.verifications.get(trial.number)
+    found = study.verification(trial)
     return None if found is None else found.verified
 
 
@@ -330,7 +330,7 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 "to promise it for others of their kind",
             )
         )
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     if verification is None:
         told.append(
             (
@@ -340,6 +340,8 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 else "none: set held_out_images in the plan, and run accelsearch bounds again",
             )
         )
+    elif verification.judgement is None:
+        told.append(("Verification", f"failed on the held-out prompts: {verification.failure}"))
     else:
         by_metric = {one.metric: one for one in verification.scores}
         count = len(verification.scores[0].accelerated)
@@ -384,7 +386,8 @@ def plan_of(study: StoredStudy) -> str:
     """
     configuration = study.configuration
     held_out = max(
-        (len(one.scores[0].accelerated) for one in study.verifications.values()), default=0
+        (len(one.scores[0].accelerated) for one in study.verifications.values() if one.scores),
+        default=0,
     )
     lines = [f"{name} = {_toml(value)}" for name, value in _plan_fields(configuration, held_out)]
     tables: list[tuple[str, Mapping[str, Any]]] = [
