@@ -246,6 +246,8 @@ def target(
         exported = export_to(database, out, artifacts=artifacts, names=names)
         for file in (exported.bounds, exported.params, *exported.pictures):
             typer.echo(file)
+        for name in exported.unbounded:
+            typer.echo(_unbounded_told(name), err=True)
     return code or (0 if found and all(one.answer for one in found) else 1)
 
 
@@ -553,6 +555,8 @@ def export(
         typer.echo(file)
     for name in exported.nothing_feasible:
         typer.echo(f"no entry: nothing feasible in {name}", err=True)
+    for name in exported.unbounded:
+        typer.echo(_unbounded_told(name), err=True)
     return 0 if exported.entries else 1
 
 
@@ -751,6 +755,8 @@ def run(
             )
             for name in exported.nothing_feasible:
                 stages.tell(f"no entry: nothing feasible in {name}")
+            for name in exported.unbounded:
+                stages.tell(_unbounded_told(name))
 
             # Of this plan alone: the folder may hold entries of others.
             keys = {str(one.study.configuration.key(None)) for one in found if one.best}
@@ -1007,6 +1013,13 @@ def _searched(
             code = max(code, error.exit_code)
             _complain(f"{configuration.slug}: {error}" if len(configurations) > 1 else str(error))
     return found, code
+
+
+def _unbounded_told(name: str) -> str:
+    return (
+        f"no bound: no search for the largest speedup of {name} has ended, and an older entry "
+        "stays as it was; run `accelsearch bounds`"
+    )
 
 
 def _tell_result(result: Result) -> None:

@@ -15,7 +15,7 @@ from accelsearch.budget import candidate_alpha
 from accelsearch.contract import Key, buffered
 from accelsearch.errors import ExportError
 from accelsearch.measurement import score_loss
-from accelsearch.queries import exhausted, fastest_feasible, targeted
+from accelsearch.queries import bounded, exhausted, fastest_feasible, targeted
 from accelsearch.storage import StoredStudy, StoredTrial, Verification, read_studies
 
 __all__ = ["BOUNDS", "PARAMS", "Exported", "export"]
@@ -28,13 +28,17 @@ PARAMS = "search_params.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has written, and the studies of which there was nothing to write."""
+    """What an export has written, and the studies of which there was nothing to write.
+
+    Of the `unbounded` ones there are parameters, but no search for an upper bound has ended.
+    """
 
     bounds: Path
     params: Path
     pictures: tuple[Path, ...]
     entries: int
     nothing_feasible: tuple[str, ...]
+    unbounded: tuple[str, ...] = ()
 
 
 def export(
@@ -49,7 +53,8 @@ def export(
     Other configurations' entries in existing files stay. Those of another study of the same
     configuration (another GPU, say) are replaced only where `names` chooses: the measured speedup
     in their keys would leave them standing beside ours. A study without a feasible trial has no
-    entry. Exports to one folder wait for each other.
+    entry, and one that was searched for targets alone no bound: an older one stays as it is.
+    Exports to one folder wait for each other.
 
     Raises:
         StorageError: no study, or none of a name.
@@ -72,7 +77,8 @@ def export(
         bounds: Entries = {}
         params: Entries = {}
         for study, trial in found:
-            bounds[str(study.configuration.key(None))] = _bound(study, trial)
+            if bounded(study):
+                bounds[str(study.configuration.key(None))] = _bound(study, trial)
             for one, requests in _answers(study, trial):
                 params[str(study.configuration.key(one.speedup))] = _params(study, one, requests)
         schema.check("speedup_bounds", bounds)
@@ -92,7 +98,8 @@ def export(
         if png is not None:
             kept_pictures.append(_write(out / f"{study.name}.png", png))
     missing = tuple(name for name, trial in best.items() if trial is None)
-    return Exported(*files, tuple(kept_pictures), len(found), missing)
+    unbounded = tuple(study.name for study, _ in found if not bounded(study))
+    return Exported(*files, tuple(kept_pictures), len(found), missing, unbounded)
 
 
 def _refuse_collisions(studies: Sequence[StoredStudy]) -> None:

@@ -35,7 +35,14 @@ from accelsearch.measurement import (
 )
 from accelsearch.methods import Parameter, effective
 from accelsearch.objective import Bench, Result, check_models, environment_of
-from accelsearch.queries import CHOICES, fastest_feasible, feasible_trials, least_speedup, targeted
+from accelsearch.queries import (
+    CHOICES,
+    bounded,
+    fastest_feasible,
+    feasible_trials,
+    least_speedup,
+    targeted,
+)
 from accelsearch.reconcile import reconcile
 from accelsearch.storage import (
     Outcome,
@@ -52,6 +59,7 @@ from accelsearch.storage import (
     record,
     record_request,
     record_verification,
+    say_bounded,
     say_settings,
     settings_of,
 )
@@ -195,6 +203,10 @@ def search(
     study = create_study(storage, configuration, environment, _sampler(settings, 0))
     worker.at(study._study_id)
     reconcile(study, worker)
+    stored = read_study(study)
+    if stored.bounded is None:
+        # Before a target is recorded, by which an older study would lose its bound.
+        say_bounded(study, bool(stored.measured) and bounded(stored))
     if goal is not None:
         record_request(study, goal, choice)
     return _Search(
@@ -252,6 +264,9 @@ class _Search:
             if stopped is None:
                 self._turn()
             elif stopped == OTHERS or not self._verify():
+                if self._goal is None and stopped != OTHERS:
+                    say_bounded(self._study, True)
+                    self._stored = replace(self._stored, bounded=True)
                 found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
                 self._progress.study_finished(found)
                 return found

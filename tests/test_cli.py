@@ -1026,6 +1026,10 @@ def test_target_takes_one_set_of_methods_and_exports_to_a_folder(
     assert {str(literal_eval(key)[5]) for key in entries} == {"['deepcache', 'tgate']"}
     assert [0.01] in [entry["requests"] for entry in entries.values()]
     assert str(Path("found") / "speedup_bounds.json") in ran.out
+    assert json.loads(Path("found/speedup_bounds.json").read_text()) == {}
+    assert re.search(
+        r"^no bound: .* of \S+ has ended, .*; run `accelsearch bounds`$", ran.err, re.M
+    )
     said = run("target", plan, "--speedup", "2", "--methods", "deepcach").said_one_line()
     assert "must be one of the plan's sets, got 'deepcach'; did you mean 'deepcache'?" in said
 

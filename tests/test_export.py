@@ -29,6 +29,7 @@ from accelsearch.storage import (
     record,
     record_request,
     record_verification,
+    say_bounded,
     say_settings,
 )
 
@@ -248,6 +249,27 @@ def test_the_files_are_the_contract_to_its_own_reader(database: BaseStorage, out
     assert found.entries == 2
     assert (found.bounds, found.params) == (out / BOUNDS, out / PARAMS)
     assert len(contract.read(found.bounds)) == len(contract.read(found.params)) == 2
+
+
+def test_a_study_that_was_searched_for_targets_alone_has_params_and_leaves_an_old_bound_as_it_was(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    add_trial(study, 1.5, 0.01)
+    say_bounded(study, False)
+    found = exported(database, out)
+    assert found.unbounded == (study.study_name,)
+    assert entries(out)[0] == {}
+    assert [entry["speedup"] for entry in entries(out)[1].values()] == [pytest.approx(1.5)]
+
+    old = {BOUND: {"max_speedup": 2.75, "study": study.study_name}}
+    (out / BOUNDS).write_text(json.dumps(old))
+    exported(database, out)
+    assert entries(out)[0] == old
+
+    say_bounded(study, True)
+    assert exported(database, out).unbounded == ()
+    assert entries(out)[0][BOUND]["max_speedup"] == 1.65
 
 
 # Nothing feasible
@@ -632,6 +654,7 @@ def test_each_answered_request_has_an_entry_that_lists_it(database: BaseStorage,
     safe = add_trial(study, 3.2, 0.001, params={"cache_interval": 3, "cache_branch_id": 0})
     for speedup in (8.0, 3.0, 2.0, 9.0):
         record_request(study, speedup, "safest")
+    say_bounded(study, True)
     exported(database, out)
     bounds, params = entries(out)
     assert bounds[BOUND]["trial"] == fast
