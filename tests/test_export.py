@@ -345,6 +345,35 @@ def test_exporting_again_changes_nothing_and_a_better_bound_replaces_the_old(
     assert sorted(entry["speedup"] for entry in params.values()) == pytest.approx([2.0, 3.0])
 
 
+def test_an_entry_goes_when_its_trial_is_refuted_or_timed_on(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    settings: list[dict[str, Any]] = [{"cache_interval": one} for one in (2, 3, 4)]
+    slow, timed, best = (
+        add_trial(study, speedup, 0.01, params=params)
+        for speedup, params in zip((1.5, 2.0, 3.0), settings, strict=True)
+    )
+    for speedup in (1.4, 1.9):
+        record_request(study, speedup, "closest")
+    say_bounded(study, True)
+    exported(database, out)
+    theirs = {"speedup": 2.0, "score_loss": 0.0, "trial": best}
+    foreign = FOREIGN.replace("'upbound_speedup'", "2.0")
+    (out / PARAMS).write_text(json.dumps({**entries(out)[1], foreign: theirs}))
+    assert [one["trial"] for one in entries(out)[1].values()] == [best, slow, timed, best]
+
+    record_verification(study, best, 0, held_out(0.1))
+    again = study.ask()
+    latency = measured(1.9, 0.01, settings[1])
+    record(again, Outcome.FEASIBLE, "told", measurement=latency, resumes=timed)
+    study.tell(again, 1.9)
+    exported(database, out)
+    kept = {key: one["trial"] for key, one in entries(out)[1].items()}
+    assert kept.pop(foreign) == best
+    assert sorted(kept.values()) == [slow, again.number]
+
+
 @pytest.mark.parametrize("broken", [BOUNDS, PARAMS])
 @pytest.mark.parametrize(
     "text",
