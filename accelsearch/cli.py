@@ -717,8 +717,20 @@ def run(
     ] = None,
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
-    trials: Trials = None,
-    timeout_s: TimeoutS = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            help="Trials a study, for its bound; a task's search has the plan's.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds a study may take, for its bound and for each task's search.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
     search_timeout_s: Annotated[
         float, typer.Option(min=0.001, help="Seconds that one task's search may take.")
     ] = 3600.0,
@@ -774,7 +786,8 @@ def run(
                 bounds=exported.bounds,
                 out=out,
                 search=code.CommandSearch(
-                    code.default_search(),
+                    # Not the trials: those of the bound are spent, and a task asks for more.
+                    code.default_search(device=device, timeout_s=timeout_s),
                     out,
                     plan,
                     search_timeout_s,

@@ -20,6 +20,7 @@ import torch
 
 import accelsearch
 from accelsearch import cli, objective, study
+from accelsearch.codegen import CommandSearch
 from accelsearch.contract import Key
 from accelsearch.errors import AccelSearchError, ModelError, StorageError, TrialError
 from accelsearch.measurement import Latency
@@ -1014,6 +1015,25 @@ def test_run_searches_for_what_no_stored_setting_reaches(run: Run, write_plan: W
     assert again.code == 0
     (report,) = json.loads(Path("demo/codegen_report.json").read_text())
     assert report["status"] == "infeasible"
+
+
+def test_run_searches_for_its_tasks_on_its_own_device_and_as_long(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def searched(_: object, command: list[str]) -> int:
+        commands.append(command)
+        return 1
+
+    monkeypatch.setattr(CommandSearch, "_run", searched)
+    plan = write_plan(space="{ cache_interval = [2, 3], cache_branch_id = [0] }")
+    options = ("--device", "cpu", "--timeout-s", "500", "--trials", "1", "--ratio", "1.0")
+    assert run("run", plan, "--out", "demo", *options).code == 0
+    (command,) = commands
+    assert command[-3:] == ["--device=cpu", "--timeout-s=500.0", "--out=demo"]
+    # The one trial is spent on the bound: a task is searched for with those of the plan.
+    assert not [one for one in command if one.startswith("--trials")]
 
 
 def test_target_takes_one_set_of_methods_and_exports_to_a_folder(
