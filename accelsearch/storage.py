@@ -76,6 +76,7 @@ __all__ = [
     "redacted",
     "retries_of",
     "running_trial",
+    "say_bounded",
     "say_settings",
     "say_worker",
     "settings_of",
@@ -93,6 +94,7 @@ _MEASUREMENT, _OUTCOME, _REASON = "measurement", "outcome", "reason"
 _REUSED, _SECONDS = "reused_from", "seconds"
 _LOST = "lost"
 _SETTINGS = "settings"
+_BOUNDED = "bounded"
 _RESUMES = "resumes"
 _LEAST_VIOLATION = 1e-9  # that Optuna takes for one
 # One attribute for each trial and request, so that workers do not overwrite each other's.
@@ -216,6 +218,7 @@ class StoredStudy:
     settings: int | None = None
     verifications: Mapping[int, Verification] = field(default_factory=dict)  # by trial
     requests: Mapping[float, str] = field(default_factory=dict)  # speedups asked for -> how chosen
+    bounded: bool | None = None  # a search for the largest speedup has ended; None: older studies
 
     @cached_property
     def in_vain(self) -> dict[int, int]:
@@ -435,6 +438,12 @@ def settings_of(study: optuna.Study) -> int | None:
     """How many settings there are in all; None where nobody knows, or they cannot be counted."""
     count = study.user_attrs.get(_SETTINGS)
     return count if isinstance(count, int) else None
+
+
+def say_bounded(study: optuna.Study, bounded: bool) -> None:
+    """Store whether a search for the largest speedup has ended, so that there is an upper bound."""
+    if study.user_attrs.get(_BOUNDED) != bounded:
+        study.set_user_attr(_BOUNDED, bounded)
 
 
 def record(
@@ -708,6 +717,7 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
                 for key, choice in sorted(attributes.items())
                 if key.startswith(_REQUEST)
             },
+            bounded=attributes.get(_BOUNDED),
         )
     except (StorageError, ValueError) as error:
         raise StorageError(f"study {name!r} cannot be read: {error}") from None

@@ -36,7 +36,14 @@ from accelsearch.measurement import (
 )
 from accelsearch.methods import Parameter, effective
 from accelsearch.objective import Bench, Result, check_models, environment_of
-from accelsearch.queries import CHOICES, fastest_feasible, feasible_trials, least_speedup, targeted
+from accelsearch.queries import (
+    CHOICES,
+    bounded,
+    fastest_feasible,
+    feasible_trials,
+    least_speedup,
+    targeted,
+)
 from accelsearch.reconcile import reconcile
 from accelsearch.storage import (
     Outcome,
@@ -47,12 +54,14 @@ from accelsearch.storage import (
     database_errors,
     engine,
     read_both,
+    read_study,
     read_neighbours,
     read_parts,
     read_siblings,
     record,
     record_request,
     record_verification,
+    say_bounded,
     say_settings,
     settings_of,
 )
@@ -202,6 +211,10 @@ def search(
     study = create_study(storage, configuration, environment, _sampler(settings, 0))
     worker.at(study._study_id)
     reconcile(study, worker)
+    stored = read_study(study)
+    if stored.bounded is None:
+        # Before a target is recorded, by which an older study would lose its bound.
+        say_bounded(study, bool(stored.measured) and bounded(stored))
     if goal is not None:
         record_request(study, goal, choice)
     return _Search(
@@ -294,6 +307,9 @@ class _Search:
                 stopped, pending = OTHERS, (_VERIFYING,)
             elif candidate is not None and self._verify(candidate):
                 continue
+            if self._goal is None and stopped != OTHERS:
+                say_bounded(self._study, True)
+                self._stored = replace(self._stored, bounded=True)
             found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
             self._progress.study_finished(found)
             return found

@@ -30,6 +30,7 @@ from accelsearch.storage import (
     record,
     record_request,
     record_verification,
+    say_bounded,
     say_settings,
 )
 
@@ -251,6 +252,27 @@ def test_the_files_are_the_contract_to_its_own_reader(database: BaseStorage, out
     assert len(contract.read(found.bounds)) == len(contract.read(found.params)) == 2
 
 
+def test_a_study_that_was_searched_for_targets_alone_has_params_and_leaves_an_old_bound_as_it_was(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    add_trial(study, 1.5, 0.01)
+    say_bounded(study, False)
+    found = exported(database, out)
+    assert found.unbounded == (study.study_name,)
+    assert entries(out)[0] == {}
+    assert [entry["speedup"] for entry in entries(out)[1].values()] == [pytest.approx(1.5)]
+
+    old = {BOUND: {"max_speedup": 2.75, "study": study.study_name}}
+    (out / BOUNDS).write_text(json.dumps(old))
+    exported(database, out)
+    assert entries(out)[0] == old
+
+    say_bounded(study, True)
+    assert exported(database, out).unbounded == ()
+    assert entries(out)[0][BOUND]["max_speedup"] == 1.65
+
+
 # Nothing feasible
 
 
@@ -322,6 +344,35 @@ def test_exporting_again_changes_nothing_and_a_better_bound_replaces_the_old(
     assert bounds[BOUND]["max_speedup"] == 3.3
     # The slower one still answers requests up to its own speedup.
     assert sorted(entry["speedup"] for entry in params.values()) == pytest.approx([2.0, 3.0])
+
+
+def test_an_entry_goes_when_its_trial_is_refuted_or_timed_on(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    settings: list[dict[str, Any]] = [{"cache_interval": one} for one in (2, 3, 4)]
+    slow, timed, best = (
+        add_trial(study, speedup, 0.01, params=params)
+        for speedup, params in zip((1.5, 2.0, 3.0), settings, strict=True)
+    )
+    for speedup in (1.4, 1.9):
+        record_request(study, speedup, "closest")
+    say_bounded(study, True)
+    exported(database, out)
+    theirs = {"speedup": 2.0, "score_loss": 0.0, "trial": best}
+    foreign = FOREIGN.replace("'upbound_speedup'", "2.0")
+    (out / PARAMS).write_text(json.dumps({**entries(out)[1], foreign: theirs}))
+    assert [one["trial"] for one in entries(out)[1].values()] == [best, slow, timed, best]
+
+    record_verification(study, best, 0, held_out(0.1))
+    again = study.ask()
+    latency = measured(1.9, 0.01, settings[1])
+    record(again, Outcome.FEASIBLE, "told", measurement=latency, resumes=timed)
+    study.tell(again, 1.9)
+    exported(database, out)
+    kept = {key: one["trial"] for key, one in entries(out)[1].items()}
+    assert kept.pop(foreign) == best
+    assert sorted(kept.values()) == [slow, again.number]
 
 
 @pytest.mark.parametrize("broken", [BOUNDS, PARAMS])
@@ -657,6 +708,7 @@ def test_each_answered_request_has_an_entry_that_lists_it(database: BaseStorage,
     safe = add_trial(study, 3.2, 0.001, params={"cache_interval": 3, "cache_branch_id": 0})
     for speedup in (8.0, 3.0, 2.0, 9.0):
         record_request(study, speedup, "safest")
+    say_bounded(study, True)
     exported(database, out)
     bounds, params = entries(out)
     assert bounds[BOUND]["trial"] == fast

@@ -14,6 +14,7 @@ from accelsearch.budget import Judgement, Verdict
 from accelsearch.configuration import Budget
 from accelsearch.measurement import Latency, Scores
 from accelsearch.queries import (
+    bounded,
     exhausted,
     fastest_feasible,
     feasible_trials,
@@ -56,6 +57,16 @@ def test_a_study_is_exhausted_when_every_setting_has_been_measured() -> None:
     repeated = replace(trials[0], number=2, reused_from=0)
     running = replace(trials[0], number=3, outcome=Outcome.RUNNING)
     assert not exhausted(replace(study_of([*trials, repeated, running]), settings=3))
+
+
+def test_the_best_is_an_upper_bound_where_a_search_for_the_largest_speedup_has_ended() -> None:
+    older, asked = study_of([trial(0, 2.0, 0.01)]), {1.5: "safest"}
+    assert bounded(older)
+    assert not bounded(replace(older, requests=asked))
+    dominated = trial(1, 1.0, None, Outcome.DOMINATED)
+    assert bounded(replace(older, trials=(*older.trials, dominated), requests=asked))
+    assert bounded(replace(older, requests=asked, bounded=True))
+    assert not bounded(replace(older, bounded=False))
 
 
 @st.composite

@@ -41,6 +41,7 @@ from accelsearch.measurement import (
 )
 from accelsearch.methods import Parameter, applied
 from accelsearch.objective import Result, environment_of
+from accelsearch.queries import bounded
 from accelsearch.storage import (
     Outcome,
     StoredStudy,
@@ -1202,6 +1203,32 @@ def test_the_largest_speedup_is_looked_for_among_what_was_too_slow_for_a_goal(la
     again = Stand()
     assert lab.search(again, trials=12, sampler="grid").best == found.best
     assert again.measured == []
+
+
+def test_only_a_search_for_the_largest_speedup_that_has_ended_leaves_an_upper_bound(
+    lab: Lab,
+) -> None:
+    found = lab.search(Stand(), trials=12, sampler="grid", goal=1.2)
+    assert found.answer is not None
+    assert not bounded(found.study)
+    interrupted = Stand(fault=failing(error=KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        lab.search(interrupted, trials=12, sampler="grid")
+    assert not any(map(bounded, read_studies(open_storage(lab.url))))
+    assert bounded(lab.search(Stand(), trials=12, sampler="grid").study)
+    # What is asked for later takes nothing of it.
+    lab.search(Stand(), trials=12, sampler="grid", goal=9.0)
+    assert all(map(bounded, read_studies(open_storage(lab.url))))
+
+
+def test_a_study_of_an_older_version_keeps_its_bound_when_a_target_is_asked_for(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    with closing(sqlite3.connect(lab.url.removeprefix("sqlite:///"))) as connection:
+        connection.execute("DELETE FROM study_user_attributes WHERE key = 'bounded'")
+        connection.commit()
+    found = lab.search(Stand(), trials=3, goal=9.0)
+    assert found.study.requests
+    assert bounded(found.study)
 
 
 def test_a_resumed_trial_that_fails_is_not_resumed_again(lab: Lab) -> None:
