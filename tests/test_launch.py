@@ -146,7 +146,7 @@ def test_an_interrupt_gives_the_running_trials_back(started: Callable[..., Launc
     began = time.monotonic()
     os.killpg(launch.process.pid, signal.SIGINT)  # to all, as a terminal does
     assert launch.wait() == 130, launch.told()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert not Path(f"/proc/{worker.pid}").exists()
     (trial,) = launch.trials
     assert (trial.outcome, trial.reason, trial.lost) == (Outcome.INTERRUPTED, "interrupted", False)
@@ -158,15 +158,15 @@ def test_a_trial_that_hangs_is_tried_again_and_then_failed_with_its_reason(
     started: Callable[..., Launch],
 ) -> None:
     # The default setting is the first.
-    launch = started("--workers", "1", "--trial-timeout-s", "1", ACCELSEARCH_STANDIN_HANGS="3,0")
+    launch = started("--workers", "1", "--trial-timeout-s", "5", ACCELSEARCH_STANDIN_HANGS="3,0")
     assert launch.wait() == 0, launch.told()
     first, again, *others = launch.trials
-    assert (first.outcome, first.reason) == (Outcome.INTERRUPTED, "its trial took longer than 1 s")
+    assert (first.outcome, first.reason) == (Outcome.INTERRUPTED, "its trial took longer than 5 s")
     assert again.outcome is Outcome.FAILED
-    assert again.reason == "its trial took longer than 1 s, 2 times in all"
+    assert again.reason == "its trial took longer than 5 s, 2 times in all"
     assert first.params == again.params == {"cache_interval": 3, "cache_branch_id": 0}
     assert len([trial for trial in others if trial.reused_from is None]) == 11
-    assert launch.told().count("ended itself: its trial took longer than 1 s") == 2
+    assert launch.told().count("ended itself: its trial took longer than 5 s") == 2
 
 
 def test_what_cannot_be_meant_is_told_before_anything_starts(
