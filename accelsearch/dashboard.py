@@ -15,6 +15,7 @@ import json
 import re
 import socket
 import sys
+import threading
 from collections.abc import Callable, Container, Iterable
 from contextvars import ContextVar
 from io import BytesIO
@@ -122,6 +123,9 @@ def application(storage: BaseStorage, artifacts: Path, *, local: bool = True) ->
             f"({error}); run: pip install 'accelsearch[dashboard]'"
         ) from None
     pages: WSGIApplication = wsgi(View(storage, artifacts), FileSystemArtifactStore(artifacts))
+    # optuna-dashboard compares a note's version and then writes it row by row: two at once would
+    # both succeed, and their rows could mix.
+    saving = threading.Lock()
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
@@ -131,9 +135,13 @@ def application(storage: BaseStorage, artifacts: Path, *, local: bool = True) ->
             told = f"this dashboard answers to loopback names alone, got {name!r}; see --host"
             return _refused(start_response, told)
         if method == "PUT" and (note := _NOTE.fullmatch(path)):
-            if note[2] is None:
-                _leave_own_note(environ)
-            return _saved(pages, environ, start_response)
+            try:
+                # Outside the lock: whoever sends slowly must not keep others from saving.
+                _take_body(environ, ours=note[2] is None)
+            except ValueError as error:
+                return _refused(start_response, str(error), "400 Bad Request")
+            with saving:
+                return _saved(pages, environ, start_response)
         if method not in ("GET", "HEAD"):
             return _refused(start_response, "this dashboard shows, and changes nothing but notes")
         environ.setdefault("HTTP_ACCEPT_ENCODING", "")  # without it optuna-dashboard breaks
@@ -445,14 +453,23 @@ def _is_note(key: str) -> bool:
     return re.fullmatch(rf"{_NOTE_TEXT}\d+", key) is not None
 
 
-def _leave_own_note(environ: WSGIEnvironment) -> None:
-    """Take our part out of a note that a person saves: it is made anew at every look."""
-    length = int(environ.get("CONTENT_LENGTH") or 0)
-    sent = environ["wsgi.input"].read(length)
+def _take_body(environ: WSGIEnvironment, *, ours: bool) -> None:
+    """Read a note that a person saves, and take `ours` out: it is made anew at every look.
+
+    Raises:
+        ValueError: its length is no number, or its JSON is nested too deeply to be read.
+    """
+    told = environ.get("CONTENT_LENGTH") or "0"
+    if not (told.isascii() and told.isdigit()):
+        raise ValueError(f"Content-Length must be a number, got {told!r}")
+    sent = environ["wsgi.input"].read(int(told))
     try:
         saved = json.loads(sent)
-        ours, line, own = saved["body"].partition(f"\n{OWN_NOTES}\n")
-        sent = json.dumps(saved | {"body": own if line else ours}).encode()
+        if ours:
+            above, line, own = saved["body"].partition(f"\n{OWN_NOTES}\n")
+            sent = json.dumps(saved | {"body": own if line else above}).encode()
+    except RecursionError:
+        raise ValueError("a note must be JSON that is not nested so deeply") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # optuna-dashboard says what is wrong with it
     environ["wsgi.input"] = BytesIO(sent)
@@ -477,8 +494,10 @@ def _saved(
     return [b"{}"] if empty else body
 
 
-def _refused(start_response: StartResponse, reason: str) -> list[bytes]:
-    start_response("403 Forbidden", [("Content-Type", "application/json")])
+def _refused(
+    start_response: StartResponse, reason: str, status: str = "403 Forbidden"
+) -> list[bytes]:
+    start_response(status, [("Content-Type", "application/json")])
     return [json.dumps({"reason": reason}).encode()]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+import unicodedata
 import zipfile
 from bisect import bisect
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ _LARGEST, _LOSSLESS = 768, 256  # px of the longer side: kept at most, and kept 
 _GAP, _MARGIN, _SIDE, _TITLED = 8, 16, 256, 56
 _INK, _FAINT, _PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 _NAME, _PAIRS = "comparison.png", "images.zip"
+_PLAIN = str.maketrans("−–—‘’“”", "---''\"\"")
+_NO_CHARACTER = "\uffff"  # what a font draws for it, it draws for all that it lacks
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def comparison(
 ) -> Image.Image:
     """Pairs of baseline (left) and accelerated (right) images, two pairs a row, under a title.
 
-    Both are uint8 [N, 3, H, W] of the same N prompts; small images are enlarged, and large ones
-    reduced, to 256 px.
+    Both are uint8 [N, 3, H, W] of the same N prompts. Large images are reduced to 256 px, and small
+    ones enlarged by the largest whole factor that keeps them within.
     """
     pair = 2 * _SIDE + _GAP // 2
     columns = min(2, len(prompts))
@@ -102,7 +105,7 @@ def comparison(
                 size = (pixels.width * scale, pixels.height * scale)
                 pixels = pixels.resize(size, Image.Resampling.NEAREST)
             canvas.paste(pixels, (left + shift, upper))
-        for line, words in enumerate(_wrapped(pen, text, prompt, pair)[:2]):
+        for line, words in enumerate(_wrapped(pen, text, _drawable(prompt, text), pair)[:2]):
             pen.text((left, upper + _SIDE + 4 + 18 * line), words, _INK, text)
     return canvas
 
@@ -154,9 +157,10 @@ def keep_pairs(
 
 
 def hand_on(folder: Path, trial: optuna.Trial, earlier: int, *, title: str) -> bool:
-    """Give a trial the pictures of an earlier one with its params; whether there were any.
+    """Give a trial the pictures of an earlier one with its params; whether there was a comparison.
 
-    `earlier` is the number of a trial of the same study. The comparison gets a `title` of its own.
+    `earlier` is the number of a trial of the same study. The comparison gets a `title` of its own;
+    without one nothing is given, not even the images of single prompts.
     """
     storage, study = trial.study._storage, trial.study.study_name
     picture = _kept(folder, storage, study, earlier, _NAME)
@@ -228,7 +232,24 @@ def _kept(folder: Path, storage: BaseStorage, study: str, number: int, name: str
 
 
 def _title(pen: ImageDraw.ImageDraw, title: str) -> None:
-    pen.text((_MARGIN, 18), title, _INK, ImageFont.load_default(22))
+    font = ImageFont.load_default(22)
+    pen.text((_MARGIN, 18), _drawable(title, font), _INK, font)
+
+
+def _drawable(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text in characters that the font has; Pillow's own has few beyond ASCII."""
+    lacking = bytes(font.getmask(_NO_CHARACTER))
+
+    def drawn(character: str) -> str:
+        # Without its accents, where only they are lacking.
+        for one in (character, unicodedata.normalize("NFKD", character)[0]):
+            if one.isspace() or bytes(font.getmask(one)) != lacking:
+                return one
+        return "?"
+
+    plain = text.translate(_PLAIN)
+    known = {character: drawn(character) for character in set(plain)}
+    return "".join(known[character] for character in plain)
 
 
 def _write(file: Path, data: bytes) -> None:

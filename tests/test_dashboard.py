@@ -14,7 +14,8 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,15 @@ def ask(storage: BaseStorage, artifacts: Path) -> Ask:
     """`ask(path)`: what the dashboard answers; with a method and a body, to a change."""
     app = application(storage, artifacts)
 
-    def ask(path: str, method: str = "GET", body: Any = None, host: str = "localhost:1") -> Answer:
-        sent = b"" if body is None else json.dumps(body).encode()
+    def ask(
+        path: str,
+        method: str = "GET",
+        body: Any = None,
+        host: str = "localhost:1",
+        raw: bytes = b"",
+        length: str | None = None,
+    ) -> Answer:
+        sent = raw if body is None else json.dumps(body).encode()
         environ = {
             "REQUEST_METHOD": method,
             "PATH_INFO": path,
@@ -146,7 +154,7 @@ def ask(storage: BaseStorage, artifacts: Path) -> Ask:
             "SERVER_PORT": "1",
             "HTTP_HOST": host,
             "CONTENT_TYPE": "application/json",
-            "CONTENT_LENGTH": str(len(sent)),
+            "CONTENT_LENGTH": str(len(sent)) if length is None else length,
             "wsgi.input": io.BytesIO(sent),
             "wsgi.errors": sys.stderr,
             "wsgi.url_scheme": "http",
@@ -394,6 +402,40 @@ def test_two_who_write_a_note_at_once_do_not_overwrite_each_other(
     assert ask("/api/studies/1/note", "PUT", {"version": 1, "body": "first"}).status == "200"
     assert ask("/api/studies/1/note", "PUT", {"version": 1, "body": "second"}).status == "409"
     assert shown_note(ask).endswith("\nfirst")
+
+
+def test_of_two_who_save_a_note_at_the_same_moment_one_succeeds(
+    study: optuna.Study, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_read = threading.Barrier(2)
+    read = View.get_study_system_attrs
+
+    def together(view: View, study_id: int) -> dict[str, Any]:
+        found = read(view, study_id)
+        with suppress(threading.BrokenBarrierError):  # the other one has to wait
+            both_read.wait(timeout=1)
+        return found
+
+    texts = ["first " * 1000, "second " * 1000]
+    monkeypatch.setattr(View, "get_study_system_attrs", together)
+    with ThreadPoolExecutor(2) as threads:
+        bodies = [{"version": 1, "body": text} for text in texts]
+        answers = threads.map(lambda body: ask("/api/studies/1/note", "PUT", body).status, bodies)
+        statuses = list(answers)
+    assert sorted(statuses) == ["200", "409"]
+    assert shown_note(ask).endswith(f"\n{texts[statuses.index('200')]}")
+
+
+@pytest.mark.parametrize("path", ["/api/studies/1/note", "/api/studies/1/1/note"])
+def test_a_note_that_cannot_be_read_is_refused_in_words(
+    study: optuna.Study, ask: Ask, path: str
+) -> None:
+    ended(study, 2.0, 0.01)
+    for length in ("abc", "-1", "1.5"):
+        answer = ask(path, "PUT", {"version": 1, "body": "x"}, length=length)
+        assert (answer.status, length in answer.json["reason"]) == ("400", True)
+    answer = ask(path, "PUT", raw=b"[" * 100_000)
+    assert (answer.status, "nested" in answer.json["reason"]) == ("400", True)
 
 
 def test_a_note_of_a_trial_is_kept(study: optuna.Study, ask: Ask) -> None:

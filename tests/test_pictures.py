@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from stored import ENVIRONMENT, configured, measured, new_database
 
 from accelsearch.measurement import Scores
@@ -179,7 +180,27 @@ def test_a_long_prompt_stays_under_its_own_pair(prompt: str) -> None:
 
 
 def test_prompts_with_line_breaks_and_odd_letters_are_drawn() -> None:
-    assert compared(3, prompts=["one\n\ntwo\tthree", "\U0001f600 émoji", " "]).shape[0] > SIDE
+    odd = compared(3, prompts=["one\n\ntwo\tthree", "\U0001f600 émoji – 猫", " "])
+    plain = compared(3, prompts=["one two three", "? emoji - ?", ""])
+    assert (odd == plain).all()
+
+
+def test_no_box_of_a_missing_letter_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    draw = ImageDraw.ImageDraw.text
+
+    def text(pen: ImageDraw.ImageDraw, at: Any, words: str, *rest: Any) -> None:
+        drawn.append(words)
+        draw(pen, at, words, *rest)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    image = plain([(0, 0, 0)], 32, 32)
+    comparison(image, image, ["ein Kätzchen, 一只猫 …"], title="1.5x: 1 − mean SSIM 0.02, 1–2 %")
+    assert "1.5x: 1 - mean SSIM 0.02, 1-2 %" in drawn
+    font = ImageFont.load_default(14)
+    box = bytes(font.getmask("\uffff"))
+    letters = set("".join(drawn)) - {" "}
+    assert {one for one in letters if bytes(font.getmask(one)) == box} == set()
 
 
 # Kept pictures

@@ -118,7 +118,10 @@ def test_the_page_follows_light_and_dark(opened: Opened) -> None:
     page.wait_for_function(
         "old => getComputedStyle(document.body).backgroundColor !== old", arg=before[0]
     )
-    page.wait_for_timeout(300)
+    page.wait_for_function(
+        "old => getComputedStyle(document.querySelector('.chart .xtitle')).fill !== old",
+        arg=before[1],
+    )
     after = colours()
     assert all(one != other for one, other in zip(before, after, strict=True))
 
@@ -163,3 +166,76 @@ def test_nothing_is_wider_than_a_phone(browser: Any, page_file: Path) -> None:
     width = opened.page.evaluate("document.documentElement.scrollWidth")
     opened.page.close()
     assert width <= 375
+
+
+PAPER = {"width": 680, "height": 1000}  # what A4 leaves between its margins, in px
+
+
+@pytest.fixture
+def printed(browser: Any, page_file: Path) -> Iterator[Opened]:
+    """The page as it is printed, drawn for a screen before."""
+    found = Opened(browser, page_file, viewport={"width": 1280, "height": 900})
+    found.page.wait_for_selector("html[data-ready=true]", state="attached")
+    found.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    found.page.emulate_media(media="print")
+    found.page.set_viewport_size(PAPER)
+    yield found
+    found.page.close()
+
+
+def chart_widths(opened: Opened) -> list[float]:
+    found = opened.page.eval_on_selector_all(
+        ".chart .main-svg", "all => all.map(one => one.getBoundingClientRect().width)"
+    )
+    assert isinstance(found, list)
+    return found
+
+
+def test_charts_are_no_wider_than_the_paper(printed: Opened) -> None:
+    page = printed.page
+    room = page.evaluate(
+        "(() => { const { width, paddingLeft, paddingRight } = getComputedStyle("
+        "document.querySelector('main'));"
+        " return parseFloat(width) - parseFloat(paddingLeft) - parseFloat(paddingRight); })()"
+    )
+    widths = chart_widths(printed)
+    assert len(widths) >= 4
+    assert max(widths) <= room
+    page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.chart .main-svg')]"
+        ".every(one => one.getBoundingClientRect().width > 900)"
+    )
+
+
+def test_paper_shows_both_images_whatever_was_looked_at(printed: Opened) -> None:
+    page = printed.page
+    for view in ("difference", "side", "slider"):
+        page.eval_on_selector(".pairs", "(one, view) => { one.dataset.view = view; }", view)
+        frame = page.locator(".frame").first
+        one, other = (frame.locator(name).bounding_box() for name in (".baseline", ".accelerated"))
+        assert one["width"] == pytest.approx(other["width"], abs=0.5), view
+        assert one["x"] + one["width"] < other["x"], view
+        assert not frame.locator(".difference").is_visible(), view
+        assert frame.locator(".tag").first.is_visible(), view
+
+
+def test_paper_leaves_out_what_is_folded(printed: Opened) -> None:
+    folded = printed.page.locator("details").last
+    assert not folded.is_visible()
+    folded.evaluate("one => { one.open = true; }")
+    assert folded.is_visible()
+
+
+def test_the_footer_stands_under_the_text_on_paper(printed: Opened) -> None:
+    page = printed.page
+    page.set_viewport_size(PAPER | {"width": 760})
+    text = page.locator("main .first").bounding_box()["x"]
+    footer = page.eval_on_selector(
+        "footer",
+        "one => { const range = document.createRange(); range.selectNodeContents(one);"
+        " return range.getBoundingClientRect().x; }",
+    )
+    assert footer == pytest.approx(text, abs=0.5)

@@ -4,19 +4,20 @@
   const { figures, light, dark } = JSON.parse(document.getElementById("figures").textContent);
   const wantsDark = matchMedia("(prefers-color-scheme: dark)");
   const charts = [...document.querySelectorAll(".chart")];
-  const draw = (template) => {
+  const draw = (template, size = { autosize: true }) => {
     for (const chart of charts) {
       const { data, layout } = figures[chart.dataset.figure];
-      Plotly.react(chart, data, { ...structuredClone(layout), template, autosize: true }, {
+      Plotly.react(chart, data, { ...structuredClone(layout), template, ...size }, {
         displayModeBar: false,
-        responsive: true,
+        responsive: size.autosize,
       });
     }
   };
   const follow = () => draw(wantsDark.matches ? dark : light);
   follow();
   wantsDark.addEventListener("change", follow);
-  addEventListener("beforeprint", () => draw(light));
+  // The page still has the screen's width then: a chart that took it would be cut off on paper.
+  addEventListener("beforeprint", () => draw(light, { autosize: false, width: 640 }));
   addEventListener("afterprint", follow);
 
   for (const slider of document.querySelectorAll(".frame input")) {
