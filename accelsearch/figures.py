@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from optuna.distributions import CategoricalDistribution
 from plotly.subplots import make_subplots
 
-from accelsearch.budget import loss_told
+from accelsearch.budget import interval_told, loss_told
 from accelsearch.configuration import Budget
 from accelsearch.measurement import ParamValue, score_loss, settings_told
 from accelsearch.queries import fastest_feasible, is_refuted, pareto_front
@@ -551,12 +551,11 @@ def _hover(study: StoredStudy, trial: StoredTrial) -> str:
         loss = trial.loss(budget)
         if loss is None:
             continue
-        axis = loss_axis(budget)
         told = loss_told(loss, budget)
         if judgement is not None:
-            low, high = (axis.scale * end for end in judgement.intervals[budget.metric])
+            low, high = judgement.intervals[budget.metric]
             if low != high:
-                told += f" [{low:.2g}, {high:.2g}]"
+                told += f", {interval_told(low, high, budget)}"
         lines.append(told)
     if trial.measurement.scores:
         seen = len(trial.measurement.scores[0].accelerated)
