@@ -44,6 +44,7 @@ __all__ = [
     "certainly_over",
     "certainly_under",
     "decide",
+    "interval_told",
     "loss_interval",
     "loss_told",
     "prompts_needed",
@@ -130,6 +131,13 @@ def loss_told(loss: float, budget: Budget) -> str:
     told = (_percent(loss, digits) for digits in range(2, 7))
     shown = next((text for text in told if text != limit), limit)
     return f"{budget.metric} loss {shown} of {limit}"
+
+
+def interval_told(low: float, high: float, budget: Budget) -> str:
+    """The interval of a mean loss, in the unit of `loss_told`: `0.9 % to 1.7 %`."""
+    if budget.floor_db is not None:
+        return f"{budget.floor_db - high:.1f} dB to {budget.floor_db - low:.1f} dB"
+    return f"{_percent(low, 2)} to {_percent(high, 2)}"
 
 
 def decide(

@@ -246,6 +246,8 @@ def target(
         exported = export_to(database, out, artifacts=artifacts, names=names)
         for file in (exported.bounds, exported.params, *exported.pictures):
             typer.echo(file)
+        for name in exported.unbounded:
+            typer.echo(_unbounded_told(name), err=True)
     return code or (0 if found and all(one.answer for one in found) else 1)
 
 
@@ -553,6 +555,8 @@ def export(
         typer.echo(file)
     for name in exported.nothing_feasible:
         typer.echo(f"no entry: nothing feasible in {name}", err=True)
+    for name in exported.unbounded:
+        typer.echo(_unbounded_told(name), err=True)
     return 0 if exported.entries else 1
 
 
@@ -713,8 +717,20 @@ def run(
     ] = None,
     storage: Storage = _DEFAULT_STORAGE,
     artifacts: Artifacts = Path("storage/artifacts"),
-    trials: Trials = None,
-    timeout_s: TimeoutS = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            help="Trials a study, for its bound; a task's search has the plan's.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds a study may take, for its bound and for each task's search.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
     search_timeout_s: Annotated[
         float, typer.Option(min=0.001, help="Seconds that one task's search may take.")
     ] = 3600.0,
@@ -751,6 +767,8 @@ def run(
             )
             for name in exported.nothing_feasible:
                 stages.tell(f"no entry: nothing feasible in {name}")
+            for name in exported.unbounded:
+                stages.tell(_unbounded_told(name))
 
             # Of this plan alone: the folder may hold entries of others.
             keys = {str(one.study.configuration.key(None)) for one in found if one.best}
@@ -768,7 +786,8 @@ def run(
                 bounds=exported.bounds,
                 out=out,
                 search=code.CommandSearch(
-                    code.default_search(),
+                    # Not the trials: those of the bound are spent, and a task asks for more.
+                    code.default_search(device=device, timeout_s=timeout_s),
                     out,
                     plan,
                     search_timeout_s,
@@ -1007,6 +1026,13 @@ def _searched(
             code = max(code, error.exit_code)
             _complain(f"{configuration.slug}: {error}" if len(configurations) > 1 else str(error))
     return found, code
+
+
+def _unbounded_told(name: str) -> str:
+    return (
+        f"no bound: no search for the largest speedup of {name} has ended, and an older entry "
+        "stays as it was; run `accelsearch bounds`"
+    )
 
 
 def _tell_result(result: Result) -> None:

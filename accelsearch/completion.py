@@ -140,9 +140,11 @@ def _studies(url: str) -> list[str]:
     from sqlalchemy import create_engine, make_url, text
     from sqlalchemy.pool import NullPool
 
+    from accelsearch.drivers import DRIVERS, LIMITS
+
     parsed = make_url(url)
-    if parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    engine = create_engine(parsed, poolclass=NullPool, connect_args={"connect_timeout": _WAIT_S})
+    parsed = parsed.set(drivername=DRIVERS.get(parsed.drivername, parsed.drivername))
+    limits = {"connect_timeout": _WAIT_S} if parsed.drivername in LIMITS else {}
+    engine = create_engine(parsed, poolclass=NullPool, connect_args=limits)
     with engine.connect() as opened:
         return [name for (name,) in opened.execute(text(question))]

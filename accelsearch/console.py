@@ -68,6 +68,8 @@ def told(trial: StoredTrial) -> str:
 
 def verification_told(study: StoredStudy, verification: Verification) -> str:
     """What held-out prompts say of a trial: whether they verify it, and its loss on them."""
+    if verification.failure is not None:
+        return f"not verified, since it failed on the held-out prompts: {verification.failure}"
     budgets = study.configuration.budgets
     by_metric = {one.metric: one for one in verification.scores}
     losses = ", ".join(
@@ -440,7 +442,7 @@ def _losses(trial: StoredTrial, study: StoredStudy) -> str:
         for loss, budget in losses
         if loss is not None
     ]
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     if verification is not None:
         told.append("verified" if verification.verified else "not verified")
     return "\n".join(told)

@@ -242,7 +242,7 @@ class View(BaseStorage):
             return self._storage.get_all_trials(study_id, deepcopy=False), None
 
     def _shown(self, trial: FrozenTrial, study: StoredStudy | None, index: int) -> FrozenTrial:
-        verification = None if study is None else study.verifications.get(trial.number)
+        verification = None if study is None else study.verification(study.trials[index])
         known = self._trials.get(trial._trial_id)
         # Files come and go without a word in the trial.
         here = {key for key in trial.system_attrs if self._is_here(key)}
@@ -309,7 +309,7 @@ def attributes(study: StoredStudy, trial: StoredTrial) -> dict[str, str | int | 
         shown |= {name: _rounded(size) for name, size in sizes.items() if size is not None}
     if trial.seconds:
         shown["time spent (s)"] = _rounded(sum(trial.seconds.values()))
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     if verification is not None:
         shown["held-out prompts"] = verification_told(study, verification)
     if trial.reused_from is not None:
@@ -375,7 +375,7 @@ def note(study: StoredStudy) -> str:
         lines += [f"- {_code(settings_told(best.params))}"]
         losses = ((best.loss(budget), budget) for budget in study.configuration.budgets)
         lines += [f"- {loss_told(loss, budget)}" for loss, budget in losses if loss is not None]
-        verification = study.verifications.get(best.number)
+        verification = study.verification(best)
         told = "" if verification is None else verification_told(study, verification)
         lines += [f"- {told or 'not judged by held-out prompts'}"]
     for asked, choice in study.requests.items():
@@ -424,6 +424,8 @@ def _limit(budget: Budget) -> str:
 
 def _held_out_violation(study: StoredStudy, verification: Verification) -> float:
     """By how much held-out prompts break a budget; more than 0 also where they are too few."""
+    if verification.failure is not None:
+        return _LEAST_VIOLATION
     by_metric = {scores.metric: scores for scores in verification.scores}
     return max(
         _LEAST_VIOLATION,

@@ -15,7 +15,7 @@ from accelsearch.budget import candidate_alpha
 from accelsearch.contract import Key, buffered
 from accelsearch.errors import ExportError
 from accelsearch.measurement import score_loss
-from accelsearch.queries import exhausted, fastest_feasible, targeted
+from accelsearch.queries import bounded, exhausted, fastest_feasible, feasible_trials, targeted
 from accelsearch.storage import StoredStudy, StoredTrial, Verification, read_studies
 
 __all__ = ["BOUNDS", "PARAMS", "Exported", "export"]
@@ -28,13 +28,17 @@ PARAMS = "search_params.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has written, and the studies of which there was nothing to write."""
+    """What an export has written, and the studies of which there was nothing to write.
+
+    Of the `unbounded` ones there are parameters, but no search for an upper bound has ended.
+    """
 
     bounds: Path
     params: Path
     pictures: tuple[Path, ...]
     entries: int
     nothing_feasible: tuple[str, ...]
+    unbounded: tuple[str, ...] = ()
 
 
 def export(
@@ -48,8 +52,10 @@ def export(
 
     Other configurations' entries in existing files stay. Those of another study of the same
     configuration (another GPU, say) are replaced only where `names` chooses: the measured speedup
-    in their keys would leave them standing beside ours. A study without a feasible trial has no
-    entry. Exports to one folder wait for each other.
+    in their keys would leave them standing beside ours. Our own go where their trial answers no
+    more: held-out prompts refuted it, or it was timed on. A study without a feasible trial has no
+    entry, and one that was searched for targets alone no bound: an older one stays as it is.
+    Exports to one folder wait for each other.
 
     Raises:
         StorageError: no study, or none of a name.
@@ -72,7 +78,8 @@ def export(
         bounds: Entries = {}
         params: Entries = {}
         for study, trial in found:
-            bounds[str(study.configuration.key(None))] = _bound(study, trial)
+            if bounded(study):
+                bounds[str(study.configuration.key(None))] = _bound(study, trial)
             for one, requests in _answers(study, trial):
                 params[str(study.configuration.key(one.speedup))] = _params(study, one, requests)
         schema.check("speedup_bounds", bounds)
@@ -80,11 +87,13 @@ def export(
         # Read both before either is written: what is wrong with one leaves both as they were.
         kept = [contract.read(file) if file.exists() else {} for file in files]
         others = [_others(old, new) for old, new in zip(kept, (bounds, params), strict=True)]
+        stale = _stale(kept[1], [study for study, _ in found])
         if names is None:
             for file, keys in zip(files, others, strict=True):
                 _refuse_replacing(file, keys)
         for file, old, keys, new in zip(files, kept, others, (bounds, params), strict=True):
-            contract.write(file, {**{key: old[key] for key in old if key not in keys}, **new})
+            gone = {*keys, *stale}
+            contract.write(file, {**{key: old[key] for key in old if key not in gone}, **new})
 
     kept_pictures = []
     for study, trial in found:
@@ -92,7 +101,8 @@ def export(
         if png is not None:
             kept_pictures.append(_write(out / f"{study.name}.png", png))
     missing = tuple(name for name, trial in best.items() if trial is None)
-    return Exported(*files, tuple(kept_pictures), len(found), missing)
+    unbounded = tuple(study.name for study, _ in found if not bounded(study))
+    return Exported(*files, tuple(kept_pictures), len(found), missing, unbounded)
 
 
 def _refuse_collisions(studies: Sequence[StoredStudy]) -> None:
@@ -123,6 +133,20 @@ def _others(old: Entries, new: Entries) -> dict[str, tuple[str, str]]:
         if mine is not None and theirs != mine and (theirs is not None or key in new):
             contested[key] = (str(theirs or "an unnamed study"), str(mine))
     return contested
+
+
+def _stale(params: Entries, studies: Sequence[StoredStudy]) -> set[str]:
+    """The keys of our entries whose trial answers no more: refuted since, or timed on as another.
+
+    What is merely slower than the best stays, and so does what names no trial.
+    """
+    held = {study.name: [trial.number for trial in feasible_trials(study)] for study in studies}
+    stale = set()
+    for key, entry in params.items():
+        numbers = held.get(str(entry.get("study")))
+        if numbers is not None and "trial" in entry and entry["trial"] not in numbers:
+            stale.add(key)
+    return stale
 
 
 def _without_speedup(key: str) -> Key:
@@ -229,19 +253,21 @@ def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
     judgement, measurement = trial.judgement(study.configuration), trial.measurement
     assert judgement is not None
     assert measurement is not None
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     verified = verification is not None and verification.verified
     return {
         "scored_images": len(measurement.scores[0].accelerated),
         "loss_intervals": {name: list(ends) for name, ends in judgement.intervals.items()},
         "proven": judgement.proven,
         "verified": verified,
-        "verification": None if verification is None else _verification(study, verification),
+        "verification": _verification(study, verification),
         "unverified_because": None if verified else _unverified(study, verification),
     }
 
 
-def _verification(study: StoredStudy, verification: Verification) -> dict[str, Any]:
+def _verification(study: StoredStudy, verification: Verification | None) -> dict[str, Any] | None:
+    if verification is None or verification.judgement is None:
+        return None
     by_metric = {one.metric: one for one in verification.scores}
     return {
         "images": len(verification.scores[0].accelerated),
@@ -257,6 +283,8 @@ def _verification(study: StoredStudy, verification: Verification) -> dict[str, A
 
 
 def _unverified(study: StoredStudy, verification: Verification | None) -> str:
+    if verification is not None and verification.failure is not None:
+        return f"it failed on the held-out prompts: {verification.failure}"
     if verification is not None:
         return "the held-out prompts do not confirm it"
     if study.verifications:

@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from optuna.distributions import CategoricalDistribution
 from plotly.subplots import make_subplots
 
-from accelsearch.budget import loss_told
+from accelsearch.budget import interval_told, loss_told
 from accelsearch.configuration import Budget
 from accelsearch.measurement import ParamValue, score_loss, settings_told
 from accelsearch.queries import fastest_feasible, is_refuted, pareto_front
@@ -186,7 +186,7 @@ def speedup_against_loss(study: StoredStudy) -> go.Figure:
             add(here, marker=marker, name=name, legendgroup=name)
         if there:
             add(there, 2, marker=marker, name=name, legendgroup=name, showlegend=not here)
-    tried = [one for one in scored if one.number in study.verifications]
+    tried = [one for one in scored if study.verification(one) is not None]
     for name, colour, refuted in (
         ("verified on held-out prompts", _GREEN, False),
         ("not confirmed on held-out prompts", _WARM, True),
@@ -552,20 +552,21 @@ def _hover(study: StoredStudy, trial: StoredTrial) -> str:
         loss = trial.loss(budget)
         if loss is None:
             continue
-        axis = loss_axis(budget)
         told = loss_told(loss, budget)
         if judgement is not None:
-            low, high = (axis.scale * end for end in judgement.intervals[budget.metric])
+            low, high = judgement.intervals[budget.metric]
             if low != high:
-                told += f" [{low:.2g}, {high:.2g}]"
+                told += f", {interval_told(low, high, budget)}"
         lines.append(told)
     if trial.measurement.scores:
         seen = len(trial.measurement.scores[0].accelerated)
         lines.append(f"{seen} of {configuration.images} images scored")
     lines += _wrapped(settings_told(trial.params))
     lines += _wrapped(trial.reason)
-    verification = study.verifications.get(trial.number)
-    if verification is not None:
+    verification = study.verification(trial)
+    if verification is not None and verification.failure is not None:
+        lines += _wrapped(f"not confirmed: on held-out prompts it failed, {verification.failure}")
+    elif verification is not None:
         by_metric = {one.metric: one for one in verification.scores}
         losses = ", ".join(
             loss_told(score_loss(by_metric[one.metric], one.floor_db), one)

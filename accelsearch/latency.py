@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -164,12 +164,15 @@ def dominated(latency: Latency, incumbent: float | None, noise: float | None = N
     return len(latency.baseline_s) >= _FEW and _falls_short(latency, incumbent, noise)
 
 
-def contender(latencies: Sequence[Latency], precision: float, max_pairs: int) -> int | None:
+def contender(
+    latencies: Sequence[Latency], precision: float, max_pairs: int, closed: Container[int] = ()
+) -> int | None:
     """Which of several settings to time on to learn which is the fastest; None: that is known.
 
     The fastest so far, until it has `max_pairs` or is known to the `precision`; then, of those for
     which the same does not hold, the one that may be the fastest of all: the upper end of whose
-    95 % interval is highest, and above what the fastest has.
+    95 % interval is highest, and above what the fastest has. Those at the indices in `closed` are
+    compared with as they are, and not timed on.
 
     Source: Kalyanakrishnan et al., PAC subset selection in stochastic multi-armed bandits, ICML
     2012 (LUCB).
@@ -181,7 +184,8 @@ def contender(latencies: Sequence[Latency], precision: float, max_pairs: int) ->
     rivals = [
         index
         for index, one in enumerate(latencies)
-        if not (one.is_precise(precision) or len(one.baseline_s) >= max_pairs)
+        if index not in closed
+        and not (one.is_precise(precision) or len(one.baseline_s) >= max_pairs)
         and (index == first or ends[index][1] > latencies[first].speedup)
     ]
     if first in rivals:

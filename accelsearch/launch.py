@@ -24,7 +24,7 @@ import psutil
 from optuna.storages import BaseStorage
 
 from accelsearch.claims import WorkerRow, all_workers
-from accelsearch.errors import PlanError, UnsupportedError
+from accelsearch.errors import PlanError, StorageError, UnsupportedError
 from accelsearch.gpus import Gpu, cores
 from accelsearch.heartbeat import GRACE_S, Worker
 from accelsearch.jobs import WorkerJob
@@ -108,6 +108,7 @@ class _Place:
     job: _Job | None = None
     trials: int = 0  # of workers that have left
     at_work: WorkerRow | None = None
+    left: set[str] = field(default_factory=set)  # rows of workers that have left
     futile: int = 0
     start_at: float = 0.0
     finished: bool = False
@@ -206,9 +207,11 @@ def launch(
 
     Raises:
         UnsupportedError: Slurm is asked for and not there, or refuses the job.
+        StorageError: the logs' folder cannot be made.
     """
     crew = Crew(uuid.uuid4().hex[:4], seats)
     start = _on_slurm(slurm, logs) if slurm is not None else _here(logs)
+    _make_folder(logs)
     interrupted = False
     with (
         Worker(engine(storage), device="launcher", name=f"{crew.name}/launcher") as launcher,
@@ -281,14 +284,18 @@ def _tend(
 def _look(crew: Crew, storage: BaseStorage, launcher: Worker) -> None:
     """See which workers are there, and end those that are silent: they hang in one long call."""
     rows = all_workers(engine(storage))
-    by_name = {row.identity.name: row for row in rows}
     cut = launcher.cut
     for place in crew.places:
-        place.at_work = by_name.get(crew.worker(place.seat), place.at_work)
-        if place.at_work is None or place.job is None or cut:
+        here = [row for row in rows if row.identity.name == crew.worker(place.seat)]
+        if place.job is None:
+            # Who was killed leaves its row behind: it says nothing of who comes next.
+            place.left.update(row.identity.id for row in here)
             continue
-        if place.at_work.unseen_s > GRACE_S and place.at_work.identity.name in by_name:
-            place.job.kill()
+        here = [row for row in here if row.identity.id not in place.left]
+        if here:
+            place.at_work = here[-1]  # the latest
+            if place.at_work.unseen_s > GRACE_S and not cut:
+                place.job.kill()
 
 
 def _stop(crew: Crew, storage: BaseStorage, watcher: Watcher, poll_s: float) -> None:
@@ -322,6 +329,16 @@ def _environment(name: str, gpu: Gpu | None, threads: str) -> dict[str, str]:
 
 def _caches() -> Path:
     return Path(tempfile.gettempdir()) / f"accelsearch-{getpass.getuser()}"
+
+
+def _make_folder(logs: Path) -> None:
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"the logs' folder must be writable, got {str(logs)!r}: {error.strerror}; "
+            "name another with --logs"
+        ) from None
 
 
 def _here(logs: Path) -> Callable[[Seat, WorkerJob], _Job]:

@@ -9,6 +9,7 @@ from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
 __all__ = [
     "CHOICES",
+    "bounded",
     "exhausted",
     "fastest_feasible",
     "feasible_trials",
@@ -29,8 +30,8 @@ def feasible_trials(study: StoredStudy) -> list[StoredTrial]:
 
 
 def is_refuted(study: StoredStudy, trial: StoredTrial) -> bool:
-    """Whether a trial was tried on held-out prompts, and they did not verify it."""
-    verification = study.verifications.get(trial.number)
+    """Whether a trial's setting was tried on held-out prompts, and they did not verify it."""
+    verification = study.verification(trial)
     return verification is not None and not verification.verified
 
 
@@ -39,6 +40,18 @@ def exhausted(study: StoredStudy) -> bool:
     counted = outcomes(study)
     measured = counted.total() - counted[Outcome.RUNNING] - counted[Outcome.INTERRUPTED]
     return study.settings is not None and measured >= study.settings
+
+
+def bounded(study: StoredStudy) -> bool:
+    """Whether the fastest feasible trial is an upper bound: a search for the largest has ended.
+
+    A search for a target ends at the first trial that meets it, and says nothing of faster ones.
+    Studies of older versions do not tell what was searched for; of those with targets, only one
+    that gave trials up as slower than the best has looked for it.
+    """
+    if study.bounded is not None:
+        return study.bounded
+    return not study.requests or any(one.outcome is Outcome.DOMINATED for one in study.trials)
 
 
 def fastest_feasible(study: StoredStudy) -> StoredTrial | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from accelsearch.claims import (
     Claim,
@@ -40,18 +40,18 @@ def reconcile(study: optuna.Study, worker: Worker) -> None:
     living = {row.identity.id for row in rows} - lost.keys()
 
     left = [claim for claim in claims if claim.worker not in living]
-    for claim in left:
-        if claim.trial_id is not None:
-            trial = storage.get_trial(claim.trial_id)
-            _settle(storage, claim.study_id, trial, _told(lost.get(claim.worker)))
-
     held = [claim for claim in claims if claim.worker in living]
+    # SQLite gives the numbers of a deleted study's trials out again.
+    measured = {claim.trial_id for claim in held}
+    for claim in left:
+        if claim.trial_id is not None and claim.trial_id not in measured:
+            _settle(storage, claim.study_id, claim.trial_id, _told(lost.get(claim.worker)))
+
     if not _about_to_start(held, study):
         claimed = {claim.trial_id for claim in claims}
         for trial in running:
             if trial._trial_id not in claimed:
-                found = storage.get_trial(trial._trial_id)  # with what it has recorded since
-                _settle(storage, study._study_id, found, "no worker measures it")
+                _settle(storage, study._study_id, trial._trial_id, "no worker measures it")
 
     for claim in left:
         release_claim(worker.engine, claim.study_id, claim.setting, claim.worker)
@@ -71,11 +71,12 @@ def _about_to_start(held: list[Claim], study: optuna.Study) -> bool:
     return any(claim.study_id == study._study_id and claim.trial_id is None for claim in held)
 
 
-def _settle(storage: BaseStorage, study_id: int, trial: FrozenTrial, why: str) -> None:
+def _settle(storage: BaseStorage, study_id: int, trial_id: int, why: str) -> None:
     """End a trial that nobody works on; the setting of one lost too often is failed."""
-    if trial.state is not TrialState.RUNNING:
-        return  # it was finished after all, or never started
     try:
+        trial = storage.get_trial(trial_id)  # with what it has recorded since
+        if trial.state is not TrialState.RUNNING:
+            return  # it was finished after all, or never started
         if complete_recorded(storage, trial):
             return
         trials = storage.get_all_trials(study_id, deepcopy=False)
@@ -87,6 +88,8 @@ def _settle(storage: BaseStorage, study_id: int, trial: FrozenTrial, why: str) -
             give_up(storage, trial, Outcome.FAILED, f"{why}{times}")
     except UpdateFinishedTrialError:
         return  # by another who clears away, or by its worker, which lives after all
+    except KeyError:
+        return  # it is no more: its study was deleted
 
 
 def _told(row: WorkerRow | None) -> str:

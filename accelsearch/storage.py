@@ -34,6 +34,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 from accelsearch.budget import Judgement, Verdict
 from accelsearch.claims import create_tables
 from accelsearch.configuration import Budget, Configuration, told
+from accelsearch.drivers import DRIVERS, EXTRAS, LIMITS
 from accelsearch.errors import StorageError, TrialError, nearest
 from accelsearch.judging import judge, judge_held_out
 from accelsearch.measurement import (
@@ -75,6 +76,7 @@ __all__ = [
     "redacted",
     "retries_of",
     "running_trial",
+    "say_bounded",
     "say_settings",
     "say_worker",
     "settings_of",
@@ -83,19 +85,7 @@ __all__ = [
 
 _HEARTBEAT_S, _GRACE_S = 30, 120
 _BUSY_S = 60  # that a writer waits for another one's lock on a SQLite file
-# The drivers that are tested, instead of SQLAlchemy's own choice, and what installs them.
-_DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
-_EXTRAS = {"postgresql+psycopg": "postgres", "mysql+pymysql": "mysql"}
-# A server that is cut off is noticed within a minute, not when TCP gives up after a quarter hour.
-_POSTGRES = {
-    "connect_timeout": 10,
-    "keepalives_idle": 20,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 60_000,  # ms
-}
 _RESTED_S = 1.0  # without use, after which a connection is looked at before it is used
-_MYSQL = {"connect_timeout": 10, "read_timeout": 60, "write_timeout": 60}
 _STARTING_S = 60  # that a server may take to start
 _RACES = 10  # attempts to make the tables beside others who do
 _KINDS = ("sqlite", "postgresql", "mysql")
@@ -104,6 +94,7 @@ _MEASUREMENT, _OUTCOME, _REASON = "measurement", "outcome", "reason"
 _REUSED, _SECONDS = "reused_from", "seconds"
 _LOST = "lost"
 _SETTINGS = "settings"
+_BOUNDED = "bounded"
 _RESUMES = "resumes"
 _LEAST_VIOLATION = 1e-9  # that Optuna takes for one
 # One attribute for each trial and request, so that workers do not overwrite each other's.
@@ -198,17 +189,19 @@ class Verification:
     """What prompts that the search never saw say of a trial.
 
     `candidate` counts the trials that were tried on these prompts, from 0: the first has the
-    largest share of the error that is allowed.
+    largest share of the error that is allowed. A trial that made no usable images of them has no
+    judgement and no scores, and `failure` says why.
     """
 
     trial: int
     candidate: int
-    judgement: Judgement
+    judgement: Judgement | None
     scores: tuple[Scores, ...]
+    failure: str | None = None
 
     @property
     def verified(self) -> bool:
-        return self.judgement.verdict is Verdict.WITHIN
+        return self.judgement is not None and self.judgement.verdict is Verdict.WITHIN
 
 
 @dataclass(frozen=True)
@@ -225,14 +218,38 @@ class StoredStudy:
     settings: int | None = None
     verifications: Mapping[int, Verification] = field(default_factory=dict)  # by trial
     requests: Mapping[float, str] = field(default_factory=dict)  # speedups asked for -> how chosen
+    bounded: bool | None = None  # a search for the largest speedup has ended; None: older studies
+
+    @cached_property
+    def in_vain(self) -> dict[int, int]:
+        """The trials that failed to measure a feasible one further -> that one, which stands."""
+        # One that was given up does not say what it resumed: its setting does.
+        last: dict[tuple[tuple[str, ParamValue], ...], int] = {}
+        feasible, found = set(), {}
+        for one in self.trials:
+            if one.reused_from is not None:
+                continue
+            if one.outcome is Outcome.FEASIBLE:
+                feasible.add(one.number)
+                last[one.setting] = one.number
+            elif one.outcome is Outcome.FAILED:
+                earlier = one.resumes if one.resumes in feasible else last.get(one.setting)
+                if earlier is not None:
+                    found[one.number] = earlier
+        return found
 
     @cached_property
     def current(self) -> tuple[StoredTrial, ...]:
-        """The trials but those taken over from another, and those that another resumed."""
+        """The trials but those taken over from another, and those that another resumed.
+
+        A failure to measure a feasible trial further takes nothing from it, and is left out.
+        """
         unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
-        resumed = {one.resumes for one in self.trials if one.outcome not in unfinished}
+        ended = [one for one in self.trials if one.outcome not in unfinished]
+        left_out = {one.resumes for one in ended if one.number not in self.in_vain}
+        left_out |= self.in_vain.keys()
         return tuple(
-            one for one in self.trials if one.reused_from is None and one.number not in resumed
+            one for one in self.trials if one.reused_from is None and one.number not in left_out
         )
 
     @cached_property
@@ -247,6 +264,22 @@ class StoredStudy:
     def feasible(self) -> tuple[StoredTrial, ...]:
         """The trials that keep all budgets, each setting once, in the order they were measured."""
         return tuple(one for one in self.current if one.feasible(self.configuration))
+
+    @cached_property
+    def tried(self) -> dict[tuple[tuple[str, ParamValue], ...], Verification]:
+        """What held-out prompts say of each setting that was tried on them.
+
+        Of several verifications of one setting, which earlier versions made of trials that resume
+        each other, the one that holds, or else the first, whose share of the error was largest.
+        """
+        by_preference = sorted(
+            self.verifications.values(), key=lambda one: (not one.verified, one.candidate)
+        )
+        return {self.trials[one.trial].setting: one for one in reversed(by_preference)}
+
+    def verification(self, trial: StoredTrial) -> Verification | None:
+        """What held-out prompts say of a trial's setting, whichever trial of it was tried."""
+        return self.tried.get(trial.setting)
 
 
 def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> BaseStorage:
@@ -265,7 +298,7 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
     # One connection for the trials; the heartbeat has another only while it beats.
     options: dict[str, Any] = {"pool_size": 1, "max_overflow": 4}
     if parsed.get_backend_name() in ("postgresql", "mysql"):
-        limits = _POSTGRES if parsed.get_backend_name() == "postgresql" else _MYSQL
+        limits = LIMITS.get(parsed.drivername, {})
         unsaid = {key: value for key, value in limits.items() if key not in parsed.query}
         options["connect_args"] = unsaid
     elif parsed.get_backend_name() == "sqlite":
@@ -298,7 +331,7 @@ def open_storage(url: str, *, create: bool = True, patience_s: float = 0) -> Bas
             _use_write_ahead_log(storage)
     except ImportError as error:
         driver = parsed.drivername
-        extra = _EXTRAS.get(driver)
+        extra = EXTRAS.get(driver)
         remedy = f"; run: pip install 'accelsearch[{extra}]'" if extra else ""
         raise StorageError(
             f"storage {shown} needs the driver of {driver}, which is not installed: "
@@ -407,6 +440,12 @@ def settings_of(study: optuna.Study) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def say_bounded(study: optuna.Study, bounded: bool) -> None:
+    """Store whether a search for the largest speedup has ended, so that there is an upper bound."""
+    if study.user_attrs.get(_BOUNDED) != bounded:
+        study.set_user_attr(_BOUNDED, bounded)
+
+
 def record(
     trial: optuna.Trial,
     outcome: Outcome,
@@ -465,12 +504,17 @@ def _signed(violations: Mapping[str, float], outcome: Outcome) -> dict[str, floa
 
 
 def record_verification(
-    study: optuna.Study, trial: int, candidate: int, scores: Sequence[Scores]
+    study: optuna.Study,
+    trial: int,
+    candidate: int,
+    scores: Sequence[Scores],
+    failure: str | None = None,
 ) -> None:
-    """Store what held-out prompts scored, of a trial that has ended."""
-    study.set_user_attr(
-        f"{_VERIFICATION}{trial}", {"candidate": candidate, "scores": scores_to(scores)}
-    )
+    """Store what held-out prompts scored, of a trial that has ended, or why they have no scores."""
+    value: dict[str, Any] = {"candidate": candidate, "scores": scores_to(scores)}
+    if failure is not None:
+        value["failure"] = failure
+    study.set_user_attr(f"{_VERIFICATION}{trial}", value)
 
 
 def record_request(study: optuna.Study, speedup: float, choice: str) -> None:
@@ -631,11 +675,9 @@ def _readable(
             continue
 
 
-def read_study(study: optuna.Study, trials: Sequence[FrozenTrial] | None = None) -> StoredStudy:
-    """What an open Optuna study holds now; `trials` are its own, where they have just been read."""
-    if trials is None:
-        trials = study.get_trials(deepcopy=False)
-    return _study(study.study_name, study.user_attrs, trials)
+def read_study(study: optuna.Study) -> StoredStudy:
+    """What an open Optuna study holds now."""
+    return read_both(study._storage, study._study_id)[1]
 
 
 def read_both(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial], StoredStudy]:
@@ -675,6 +717,7 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
                 for key, choice in sorted(attributes.items())
                 if key.startswith(_REQUEST)
             },
+            bounded=attributes.get(_BOUNDED),
         )
     except (StorageError, ValueError) as error:
         raise StorageError(f"study {name!r} cannot be read: {error}") from None
@@ -691,7 +734,10 @@ def _verifications(study: StoredStudy, attributes: Mapping[str, Any]) -> dict[in
     for key, value in attributes.items():
         if key.startswith(_VERIFICATION):
             number = int(key.removeprefix(_VERIFICATION))
-            scores = scores_from(value["scores"])
+            scores, failure = scores_from(value["scores"]), value.get("failure")
+            if failure is not None:
+                found[number] = Verification(number, value["candidate"], None, scores, str(failure))
+                continue
             searched = study.trials[number].measurement
             assert searched is not None
             judgement = judge_held_out(
@@ -765,7 +811,7 @@ def _parsed(url: str) -> URL:
         raise StorageError(
             f"storage must name an installed driver, got {parsed.drivername!r}"
         ) from None
-    return parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
+    return parsed.set(drivername=DRIVERS.get(parsed.drivername, parsed.drivername))
 
 
 def _well_formed(url: str) -> URL | None:

@@ -30,12 +30,20 @@ from accelsearch.measurement import (
     Environment,
     Measurement,
     ParamValue,
+    Scores,
     pair_noise,
     score_losses,
 )
 from accelsearch.methods import Parameter, effective
 from accelsearch.objective import Bench, Result, check_models, environment_of
-from accelsearch.queries import CHOICES, fastest_feasible, feasible_trials, least_speedup, targeted
+from accelsearch.queries import (
+    CHOICES,
+    bounded,
+    fastest_feasible,
+    feasible_trials,
+    least_speedup,
+    targeted,
+)
 from accelsearch.reconcile import reconcile
 from accelsearch.storage import (
     Outcome,
@@ -45,6 +53,7 @@ from accelsearch.storage import (
     create_study,
     database_errors,
     engine,
+    read_both,
     read_neighbours,
     read_parts,
     read_siblings,
@@ -52,12 +61,13 @@ from accelsearch.storage import (
     record,
     record_request,
     record_verification,
+    say_bounded,
     say_settings,
     settings_of,
 )
 from accelsearch.turns import finish, take
 
-__all__ = ["OTHERS", "Found", "Progress", "Silent", "search"]
+__all__ = ["OTHERS", "Found", "Progress", "Silent", "contender_of", "search"]
 
 OTHERS = "other workers measure the rest"
 """Why a search stops that is not over: its last settings are being measured by others."""
@@ -66,11 +76,13 @@ Setting = tuple[tuple[str, ParamValue], ...]
 """What tells settings apart that differ in effect: names and values, sorted."""
 
 _GUIDED = "guided"
+# What a worker claims that verifies: whoever shares the error out must do so alone.
+_VERIFYING: Mapping[str, ParamValue] = {"verify": "held-out prompts"}
 _CANDIDATES = 500  # settings that the guide looks at, of more some at random
 _LEARNT = 150  # trials that it learns from, the fastest: what is slow is of no interest
 _NOISE = 0.05  # of a pair's log ratio, as long as nobody has measured it
 _DRAWS = 3  # of so many settings, before nothing is taken to be left
-_CANDIDATES_VERIFIED = 6  # trials tried on one set of held-out prompts
+_CANDIDATES_VERIFIED = 6  # settings tried on one set of held-out prompts
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
 _ATTEMPTS = 1000  # to draw one that is untried from a space that is not listed
 _ENUMERABLE = 100_000  # settings up to which a space is listed to find untried ones
@@ -151,6 +163,7 @@ def search(
     bench: Callable[[Configuration, Callable[[str], None]], Bench] = Bench,
     worker: Worker | None = None,
     where: Callable[[Configuration], Environment] | None = None,
+    deadline: float | None = None,
 ) -> Found:
     """Search one configuration for its largest speedup, or until a speedup of `goal` is met.
 
@@ -164,7 +177,9 @@ def search(
 
     Any number of workers may search one configuration at once, each in a process of its own: no
     setting is measured by two of them. `worker` is this one; without it, the search is one by
-    itself. `where` tells the environment, which is this machine's if it is left out.
+    itself. `where` tells the environment, which is this machine's if it is left out. `deadline`,
+    by `time.monotonic`, is that of an earlier search which this one goes on with; without it, the
+    configuration's time limit begins now.
 
     Raises:
         ModelError, UnsupportedError, PlanError: the configuration cannot be measured at all.
@@ -184,6 +199,7 @@ def search(
                 bench=bench,
                 worker=alone,
                 where=where,
+                deadline=deadline,
             )
     where = where or environment_of
     # Before there is a study of nothing, or a picture to lose.
@@ -195,6 +211,10 @@ def search(
     study = create_study(storage, configuration, environment, _sampler(settings, 0))
     worker.at(study._study_id)
     reconcile(study, worker)
+    stored = read_study(study)
+    if stored.bounded is None:
+        # Before a target is recorded, by which an older study would lose its bound.
+        say_bounded(study, bool(stored.measured) and bounded(stored))
     if goal is not None:
         record_request(study, goal, choice)
     return _Search(
@@ -207,7 +227,32 @@ def search(
         progress or Silent(),
         bench,
         worker,
+        deadline,
     ).run()
+
+
+def contender_of(
+    stored: StoredStudy, goal: float | None = None, choice: str = CHOICES[0]
+) -> StoredTrial | None:
+    """A trial to be timed on: settings are timed coarsely until one of them is the answer.
+
+    For the upper bound it is chosen among those that may be the fastest, by `contender`. The
+    answer to a goal is timed on where its interval leaves open whether it reaches it. One that
+    could not be timed on stays as it is.
+    """
+    timing = stored.configuration.latency
+    if goal is None:
+        kept = feasible_trials(stored)
+    else:
+        answer = targeted(stored, goal, choice)
+        unsure = answer is not None and least_speedup(answer) < goal
+        kept = [answer] if answer is not None and unsure else []
+    latencies = [one.measurement.latency for one in kept if one.measurement is not None]
+    # Of a setting that two workers measured after all, the last one is what a trial goes on with.
+    last = {one.number for one in stored.measured} - {*stored.in_vain.values()}
+    closed = [index for index, one in enumerate(kept) if one.number not in last]
+    found = contender(latencies, timing.precision, timing.max_pairs, closed)
+    return None if found is None else kept[found]
 
 
 class _Search:
@@ -224,6 +269,7 @@ class _Search:
         progress: Progress,
         bench: Callable[[Configuration, Callable[[str], None]], Bench],
         worker: Worker,
+        deadline: float | None,
     ) -> None:
         self._configuration = configuration
         self._settings = configuration.search
@@ -239,9 +285,12 @@ class _Search:
         # two workers with one seed would suggest the same.
         self._lane = worker.lane()
         study.sampler = _sampler(self._settings, len(self._stored.trials) + self._lane)
-        self._deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
+        if deadline is None:
+            deadline = time.monotonic() + (self._settings.timeout_s or math.inf)
+        self._deadline = deadline
         self._repeated = False
         self._chosen: dict[str, ParamValue] | None = None
+        self._enqueued = True  # whether those that wait are to come before it
         self._keys: dict[int, Setting] = {}
         self._noise_of: tuple[int, float | None] | None = None
         progress.study_started(self._stored, environment)
@@ -251,10 +300,19 @@ class _Search:
             stopped, pending = self._why_stop()
             if stopped is None:
                 self._turn()
-            elif stopped == OTHERS or not self._verify():
-                found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
-                self._progress.study_finished(found)
-                return found
+                continue
+            candidate = None if stopped == OTHERS else self._candidate()
+            if candidate is not None and not self._worker.claim(self._study._study_id, _VERIFYING):
+                # One worker does so; the others wait for what comes of it.
+                stopped, pending = OTHERS, (_VERIFYING,)
+            elif candidate is not None and self._verify(candidate):
+                continue
+            if self._goal is None and stopped != OTHERS:
+                say_bounded(self._study, True)
+                self._stored = replace(self._stored, bounded=True)
+            found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
+            self._progress.study_finished(found)
+            return found
 
     # What is loaded when it is first needed: a search that has its answer needs none of it.
 
@@ -314,8 +372,7 @@ class _Search:
 
     def _read(self) -> StoredStudy:
         """The study as stored, but with the limits of this search instead of the first one's."""
-        self._trials = self._study.get_trials(deepcopy=False)
-        stored = read_study(self._study, self._trials)
+        self._trials, stored = read_both(self._study._storage, self._study._study_id)
         return replace(stored, configuration=self._configuration)
 
     def _known(self) -> dict[Setting, StoredTrial]:
@@ -331,7 +388,7 @@ class _Search:
         claimed = tuple(self._worker.others(self._study._study_id))
         if _setting(self._space, best.params) in {_setting(self._space, one) for one in claimed}:
             return OTHERS, claimed
-        self._chosen = best.params
+        self._chosen, self._enqueued = best.params, False
         return None, ()
 
     def _why_no_other(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
@@ -359,7 +416,8 @@ class _Search:
         chosen = self._choose(others)
         if isinstance(chosen, str):
             return (OTHERS, claimed) if claimed else (chosen, ())
-        self._chosen = chosen
+        # At the limit nothing new is measured, and only what was given up is gone on with.
+        self._chosen, self._enqueued = chosen, not limited
         return None, ()
 
     def _choose(self, others: Collection[Setting]) -> dict[str, ParamValue] | str | None:
@@ -456,21 +514,7 @@ class _Search:
         return sorted(found, key=lambda one: abs((one.speedup or 0.0) - goal))
 
     def _contender(self) -> StoredTrial | None:
-        """A trial to be timed on: settings are timed coarsely until one of them is the answer.
-
-        For the upper bound it is chosen among those that may be the fastest, by `contender`. The
-        answer to a goal is timed on where its interval leaves open whether it reaches it.
-        """
-        timing = self._configuration.latency
-        if self._goal is None:
-            kept = feasible_trials(self._stored)
-        else:
-            answer = targeted(self._stored, self._goal, self._choice)
-            unsure = answer is not None and least_speedup(answer) < self._goal
-            kept = [answer] if answer is not None and unsure else []
-        latencies = [one.measurement.latency for one in kept if one.measurement is not None]
-        found = contender(latencies, timing.precision, timing.max_pairs)
-        return None if found is None else kept[found]
+        return contender_of(self._stored, self._goal, self._choice)
 
     def _pairs(self, known: Measurement | None, *, timed_on: bool) -> int:
         """How many pairs a setting has at most: few at first, and twice as many when timed on."""
@@ -509,6 +553,7 @@ class _Search:
             self._space,
             self._worker,
             self._chosen,
+            enqueued=self._enqueued,
             trials=self._trials,
             limit_s=self._settings.trial_timeout_s,
         )
@@ -533,38 +578,46 @@ class _Search:
         if trial.error and not trial.repeated and len(failures) == len(measured) >= _HOPELESS:
             raise TrialError(f"all {len(failures)} trials failed, the last with {trial.error}")
 
-    def _verify(self) -> bool:
-        """Try the answer on held-out prompts; whether they refute it, so that there is more to do.
-
-        Candidates come fastest first, and share the error that is allowed: `candidate_alpha`.
-        """
-        if not self._configuration.held_out_prompts:
-            return False
+    def _candidate(self) -> StoredTrial | None:
+        """The answer, where held-out prompts are to be asked about it."""
         stored = self._stored
+        if not self._configuration.held_out_prompts:
+            return None
         if self._goal is None:
             best = max(feasible_trials(stored), key=lambda one: one.speedup or 0.0, default=None)
         else:
             best = targeted(stored, self._goal, self._choice)
-        tried = len(stored.verifications)
-        if best is None or best.number in stored.verifications or tried >= _CANDIDATES_VERIFIED:
-            return False
-        # One worker does so; the others wait for what comes of it.
-        if not self._worker.claim(self._study._study_id, {"verify": best.number}):
-            return False
+        if best is None or stored.verification(best) or len(stored.tried) >= _CANDIDATES_VERIFIED:
+            return None
+        return best
+
+    def _verify(self, candidate: StoredTrial) -> bool:
+        """Try the answer on held-out prompts; whether there is more to do, as they refute it.
+
+        Candidates come fastest first, and share the error that is allowed: `candidate_alpha`. The
+        claim of the study's verifications is this worker's, and it is given up.
+        """
         try:
+            # What others have verified meanwhile has its share, and may have changed the answer.
             self._stored = self._read()
-            if best.number not in self._stored.verifications:
+            best = self._candidate()
+            if best is None or best.number != candidate.number:
+                return True
+            share, failure = len(self._stored.tried), None
+            scores: tuple[Scores, ...] = ()
+            try:
                 scores = self._bench.held_out_scores(best.params)
-                record_verification(self._study, best.number, tried, scores)
-                self._stored = self._read()
-        except BaselineError:
-            raise
-        except TrialError as error:
-            self._progress.warned(f"trial {best.number} cannot be verified: {error}")
-            return False
+            except BaselineError:
+                raise
+            except TrialError as error:
+                # Not confirmed, and so no answer: its images of other prompts are unusable.
+                failure = error.reason
+            record_verification(self._study, best.number, share, scores, failure)
+            self._stored = self._read()
         finally:
             self._worker.release()
-        verification = self._stored.verifications[best.number]
+        verification = self._stored.verification(best)
+        assert verification is not None
         self._progress.verified(self._stored, verification)
         return not verification.verified
 

@@ -25,7 +25,7 @@ from accelsearch.errors import TrialError
 from accelsearch.heartbeat import Worker
 from accelsearch.measurement import ParamValue
 from accelsearch.methods import Parameter, effective
-from accelsearch.storage import running_trial, say_worker
+from accelsearch.storage import complete_recorded, running_trial, say_worker
 
 __all__ = ["finish", "take"]
 
@@ -38,14 +38,16 @@ def take(
     worker: Worker,
     params: Mapping[str, ParamValue] | None = None,
     *,
+    enqueued: bool = True,
     trials: Sequence[FrozenTrial] | None = None,
     limit_s: float | None = None,
 ) -> optuna.Trial | None:
     """A running trial that is this worker's alone; None where another was quicker.
 
-    It is the first enqueued trial that nobody else has claimed the setting of; without one, that
-    of `params`; and without these, one of the sampler's choice. Its params are set, all of them.
-    `trials` are the study's, where they have just been read.
+    It is the first enqueued trial that nobody else has claimed the setting of; without one, or if
+    the `enqueued` are to be left alone, that of `params`; and without these, one of the sampler's
+    choice. Its params are set, all of them. `trials` are the study's, where they have just been
+    read.
     """
     storage, study_id = study._storage, study._study_id
     distributions = {one.name: _distribution(one) for one in space}
@@ -55,7 +57,7 @@ def take(
     def drafted(fixed: Mapping[str, Any]) -> dict[str, ParamValue]:
         return _listed(space, _draft(study, distributions, fixed, trials))
 
-    for waiting in (one for one in trials if one.state is TrialState.WAITING):
+    for waiting in (one for one in trials if enqueued and one.state is TrialState.WAITING):
         fixed = waiting.system_attrs.get("fixed_params", waiting.params)
         setting = drafted(fixed)
         identity = effective(space, setting)
@@ -104,8 +106,10 @@ def finish(
         except UpdateFinishedTrialError:
             raise
         except BaseException:
-            _end(trial, TrialState.FAIL)
-            worker.release()
+            kept = _end_recorded(trial)
+            if not kept:
+                _end(trial, TrialState.FAIL)
+            worker.release(finished=kept)
             raise
         else:
             _end(trial, TrialState.COMPLETE, value)
@@ -114,6 +118,14 @@ def finish(
         return False
     worker.release(finished=True)
     return True
+
+
+def _end_recorded(trial: optuna.Trial) -> bool:
+    """End a trial that was interrupted after everything was recorded, by its pictures say."""
+    try:
+        return complete_recorded(trial.storage, trial.storage.get_trial(trial._trial_id))
+    except UpdateFinishedTrialError:
+        return False
 
 
 def _end(trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
@@ -19,11 +20,19 @@ from accelsearch.claims import all_claims, all_workers
 from accelsearch.configuration import Configuration
 from accelsearch.errors import AccelSearchError, PlanError, StorageError
 from accelsearch.heartbeat import Worker, setting_key
-from accelsearch.measurement import Environment, ParamValue
+from accelsearch.measurement import Environment
 from accelsearch.objective import Bench, environment_of
 from accelsearch.reconcile import reconcile
-from accelsearch.storage import database_errors, is_over, settings_of, study_name
-from accelsearch.study import OTHERS, Found, Progress, search
+from accelsearch.storage import (
+    Outcome,
+    StoredStudy,
+    database_errors,
+    is_over,
+    read_both,
+    settings_of,
+    study_name,
+)
+from accelsearch.study import OTHERS, Found, Progress, contender_of, search
 
 __all__ = ["Done", "device_told", "stand_in", "work"]
 
@@ -42,11 +51,17 @@ class Done:
 
 @dataclass
 class _Job:
-    """A configuration that is not done yet; `pending` are settings that others were measuring."""
+    """A configuration that is not done yet.
+
+    `pending` are the settings that others were measuring, by their keys, and how many trials of
+    each had ended by then: one that is timed on has ended before. `deadline`, by
+    `time.monotonic`, is where the time ends that it is searched for, set when that begins.
+    """
 
     configuration: Configuration
     environment: Environment
-    pending: Sequence[Mapping[str, ParamValue]] = ()
+    pending: Mapping[str, int] = field(default_factory=dict)
+    deadline: float | None = None
 
     @property
     def study(self) -> str:
@@ -69,7 +84,8 @@ def work(
 
     The next one is always that with the fewest workers for what is left of it, so that all are
     done soonest. A worker that finds nothing to measure waits for those who still do: what one of
-    them leaves unfinished is measured again.
+    them leaves unfinished is measured again. No configuration is searched or waited for beyond its
+    time limit, counted from when this worker first took it.
 
     Raises:
         StorageError: the database fails for longer than it is waited for.
@@ -82,7 +98,7 @@ def work(
         if worker.stopping:
             raise KeyboardInterrupt
         open_jobs = [job for job in jobs if not job.pending or _falls_to_us(job, storage, worker)]
-        jobs = [job for job in jobs if job in open_jobs or job.pending]
+        jobs = [job for job in jobs if job in open_jobs or (job.pending and not _is_late(job))]
         if not open_jobs:
             worker.at(None)
             time.sleep(pause_s)
@@ -91,6 +107,8 @@ def work(
             continue
         pause_s = poll_s
         job = _neediest(open_jobs, storage, worker)
+        if job.deadline is None:
+            job.deadline = time.monotonic() + (job.configuration.search.timeout_s or math.inf)
         try:
             with progress_on() as progress:
                 found = search(
@@ -101,6 +119,7 @@ def work(
                     bench=kept,
                     worker=worker,
                     where=lambda _, job=job: job.environment,  # type: ignore[misc]
+                    deadline=job.deadline,
                 )
         except StorageError:
             raise
@@ -111,7 +130,8 @@ def work(
             continue
         done.found[found.study.name] = found
         if found.stopped == OTHERS:
-            job.pending = found.pending
+            ended = _ended(found.study)
+            job.pending = {key: ended[key] for key in map(setting_key, found.pending)}
         else:
             jobs.remove(job)
     return done
@@ -157,20 +177,42 @@ class _Kept:
         return self._loaded[1]
 
 
+def _is_late(job: _Job) -> bool:
+    return job.deadline is not None and time.monotonic() > job.deadline
+
+
 def _falls_to_us(job: _Job, storage: BaseStorage, worker: Worker) -> bool:
     """Whether a setting that others were measuring has come back unmeasured.
 
-    Once all of them are measured, nothing of the job is pending any more.
+    Once all of them are measured, one may be left to be timed on; without one, nothing of the job
+    is pending any more.
     """
     study = optuna.load_study(study_name=job.study, storage=storage)
     if worker.due():
         reconcile(study, worker)
     # In this order: whoever gives a claim up has told what became of it.
     claimed = {claim.setting for claim in all_claims(worker.engine, study._study_id)}
-    over = {setting_key(one.params) for one in study.get_trials(deepcopy=False) if is_over(one)}
-    left = [one for one in job.pending if setting_key(one) not in over]
-    job.pending = left
-    return any(setting_key(one) not in claimed for one in left)
+    _, stored = read_both(storage, study._study_id)
+    ended = _ended(stored)
+    job.pending = {
+        key: before for key, before in job.pending.items() if key in claimed or ended[key] <= before
+    }
+    if not job.pending:
+        best = contender_of(replace(stored, configuration=job.configuration))
+        if best is not None:
+            key = setting_key(best.params)
+            job.pending = {key: ended[key]}
+    return any(key not in claimed for key in job.pending)
+
+
+def _ended(study: StoredStudy) -> Counter[str]:
+    """How many trials of each setting have ended, by its key."""
+    unfinished = (Outcome.RUNNING, Outcome.INTERRUPTED)
+    return Counter(
+        setting_key(one.params)
+        for one in study.trials
+        if one.outcome not in unfinished and one.reused_from is None
+    )
 
 
 def _neediest(jobs: Sequence[_Job], storage: BaseStorage, worker: Worker) -> _Job:

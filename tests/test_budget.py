@@ -17,6 +17,7 @@ from accelsearch.budget import (
     certainly_over,
     certainly_under,
     decide,
+    interval_told,
     loss_interval,
     loss_told,
     prompts_needed,
@@ -413,3 +414,15 @@ def test_the_shares_of_all_candidates_add_up_to_the_error_at_most() -> None:
     assert 0.049 < sum(alphas) < 0.05
     with pytest.raises(ValueError, match="counted from 0"):
         candidate_alpha(-1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        (Budget(metric="ssim", max_loss=0.3), "8.7 % to 16 %"),
+        (Budget(metric="psnr", floor_db=22.0), "21.8 dB to 21.9 dB"),
+    ],
+    ids=["ssim", "psnr"],
+)
+def test_an_interval_is_told_in_the_unit_of_its_loss(budget: Budget, told: str) -> None:
+    assert interval_told(0.087, 0.16, budget) == told

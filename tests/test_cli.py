@@ -20,6 +20,7 @@ import torch
 
 import accelsearch
 from accelsearch import cli, objective, study
+from accelsearch.codegen import CommandSearch
 from accelsearch.contract import Key
 from accelsearch.errors import AccelSearchError, ModelError, StorageError, TrialError
 from accelsearch.measurement import Latency
@@ -1016,6 +1017,25 @@ def test_run_searches_for_what_no_stored_setting_reaches(run: Run, write_plan: W
     assert report["status"] == "infeasible"
 
 
+def test_run_searches_for_its_tasks_on_its_own_device_and_as_long(
+    run: Run, write_plan: WritePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def searched(_: object, command: list[str]) -> int:
+        commands.append(command)
+        return 1
+
+    monkeypatch.setattr(CommandSearch, "_run", searched)
+    plan = write_plan(space="{ cache_interval = [2, 3], cache_branch_id = [0] }")
+    options = ("--device", "cpu", "--timeout-s", "500", "--trials", "1", "--ratio", "1.0")
+    assert run("run", plan, "--out", "demo", *options).code == 0
+    (command,) = commands
+    assert command[-3:] == ["--device=cpu", "--timeout-s=500.0", "--out=demo"]
+    # The one trial is spent on the bound: a task is searched for with those of the plan.
+    assert not [one for one in command if one.startswith("--trials")]
+
+
 def test_target_takes_one_set_of_methods_and_exports_to_a_folder(
     run: Run, write_plan: WritePlan
 ) -> None:
@@ -1026,6 +1046,10 @@ def test_target_takes_one_set_of_methods_and_exports_to_a_folder(
     assert {str(literal_eval(key)[5]) for key in entries} == {"['deepcache', 'tgate']"}
     assert [0.01] in [entry["requests"] for entry in entries.values()]
     assert str(Path("found") / "speedup_bounds.json") in ran.out
+    assert json.loads(Path("found/speedup_bounds.json").read_text()) == {}
+    assert re.search(
+        r"^no bound: .* of \S+ has ended, .*; run `accelsearch bounds`$", ran.err, re.M
+    )
     said = run("target", plan, "--speedup", "2", "--methods", "deepcach").said_one_line()
     assert "must be one of the plan's sets, got 'deepcach'; did you mean 'deepcache'?" in said
 

@@ -248,7 +248,7 @@ def test_a_running_trial_is_shown_with_its_worker(study: optuna.Study, ask: Ask)
 def test_a_trial_that_held_out_prompts_refute_is_infeasible_and_not_the_best(
     study: optuna.Study, ask: Ask
 ) -> None:
-    ended(study, 2.0, 0.01)
+    ended(study, 2.0, 0.01, interval=2)
     ended(study, 3.0, 0.015)
     record_verification(study, 1, 0, [Scores("clip_score", (100.0,) * 40, (70.0, 71.0) * 20)])
     assert [one["number"] for one in ask("/api/studies/1").json["best_trials"]] == [0]

@@ -26,9 +26,11 @@ from accelsearch.storage import (
     Outcome,
     create_study,
     open_storage,
+    read_study,
     record,
     record_request,
     record_verification,
+    say_bounded,
     say_settings,
 )
 
@@ -250,6 +252,27 @@ def test_the_files_are_the_contract_to_its_own_reader(database: BaseStorage, out
     assert len(contract.read(found.bounds)) == len(contract.read(found.params)) == 2
 
 
+def test_a_study_that_was_searched_for_targets_alone_has_params_and_leaves_an_old_bound_as_it_was(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    add_trial(study, 1.5, 0.01)
+    say_bounded(study, False)
+    found = exported(database, out)
+    assert found.unbounded == (study.study_name,)
+    assert entries(out)[0] == {}
+    assert [entry["speedup"] for entry in entries(out)[1].values()] == [pytest.approx(1.5)]
+
+    old = {BOUND: {"max_speedup": 2.75, "study": study.study_name}}
+    (out / BOUNDS).write_text(json.dumps(old))
+    exported(database, out)
+    assert entries(out)[0] == old
+
+    say_bounded(study, True)
+    assert exported(database, out).unbounded == ()
+    assert entries(out)[0][BOUND]["max_speedup"] == 1.65
+
+
 # Nothing feasible
 
 
@@ -321,6 +344,35 @@ def test_exporting_again_changes_nothing_and_a_better_bound_replaces_the_old(
     assert bounds[BOUND]["max_speedup"] == 3.3
     # The slower one still answers requests up to its own speedup.
     assert sorted(entry["speedup"] for entry in params.values()) == pytest.approx([2.0, 3.0])
+
+
+def test_an_entry_goes_when_its_trial_is_refuted_or_timed_on(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    settings: list[dict[str, Any]] = [{"cache_interval": one} for one in (2, 3, 4)]
+    slow, timed, best = (
+        add_trial(study, speedup, 0.01, params=params)
+        for speedup, params in zip((1.5, 2.0, 3.0), settings, strict=True)
+    )
+    for speedup in (1.4, 1.9):
+        record_request(study, speedup, "closest")
+    say_bounded(study, True)
+    exported(database, out)
+    theirs = {"speedup": 2.0, "score_loss": 0.0, "trial": best}
+    foreign = FOREIGN.replace("'upbound_speedup'", "2.0")
+    (out / PARAMS).write_text(json.dumps({**entries(out)[1], foreign: theirs}))
+    assert [one["trial"] for one in entries(out)[1].values()] == [best, slow, timed, best]
+
+    record_verification(study, best, 0, held_out(0.1))
+    again = study.ask()
+    latency = measured(1.9, 0.01, settings[1])
+    record(again, Outcome.FEASIBLE, "told", measurement=latency, resumes=timed)
+    study.tell(again, 1.9)
+    exported(database, out)
+    kept = {key: one["trial"] for key, one in entries(out)[1].items()}
+    assert kept.pop(foreign) == best
+    assert sorted(kept.values()) == [slow, again.number]
 
 
 @pytest.mark.parametrize("broken", [BOUNDS, PARAMS])
@@ -588,12 +640,27 @@ def test_a_refuted_trial_gives_way_to_the_next_and_the_confidence_is_that_of_a_s
 ) -> None:
     study = started(database)
     record_verification(study, add_trial(study, 3.0, 0.01), 0, held_out(0.1))
-    slower = add_trial(study, 2.0, 0.01)
+    slower = add_trial(study, 2.0, 0.01, params={"cache_interval": 2, "cache_branch_id": 0})
     record_verification(study, slower, 1, held_out(0.0, 400))
     exported(database, out)
     entry = entries(out)[0][BOUND]
     assert (entry["trial"], entry["verified"]) == (slower, True)
     assert entry["verification"]["confidence"] == pytest.approx(0.9875)
+
+
+def test_an_entry_of_a_trial_that_was_timed_on_is_verified_as_its_setting_was(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    record_verification(study, add_trial(study, 2.0, 0.01), 0, held_out(0.002))
+    again = add_trial(study, 2.1, 0.01)
+    # What an earlier version found, which tried the same setting with less of the error.
+    record_verification(study, again, 4, held_out(0.002, 110))
+    assert not read_study(study).verifications[again].verified
+    exported(database, out)
+    entry = entries(out)[0][BOUND]
+    assert (entry["trial"], entry["verified"]) == (again, True)
+    assert entry["verification"]["images"] == 300
 
 
 def test_where_nothing_is_confirmed_the_best_is_exported_as_not_verified(
@@ -606,6 +673,15 @@ def test_where_nothing_is_confirmed_the_best_is_exported_as_not_verified(
     assert entry["verified"] is False
     assert entry["unverified_because"] == "the held-out prompts do not confirm it"
     assert entry["verification"]["losses"] == {"clip_score": pytest.approx(0.1)}
+
+
+def test_an_entry_that_failed_on_held_out_prompts_says_so(database: BaseStorage, out: Path) -> None:
+    study = started(database)
+    record_verification(study, add_trial(study, 3.0, 0.01), 0, (), "images are black")
+    exported(database, out)
+    entry = entries(out)[0][BOUND]
+    assert (entry["verified"], entry["verification"]) == (False, None)
+    assert entry["unverified_because"] == "it failed on the held-out prompts: images are black"
 
 
 def test_an_early_accepted_entry_says_of_how_many_images_and_what_it_may_lose(
@@ -632,6 +708,7 @@ def test_each_answered_request_has_an_entry_that_lists_it(database: BaseStorage,
     safe = add_trial(study, 3.2, 0.001, params={"cache_interval": 3, "cache_branch_id": 0})
     for speedup in (8.0, 3.0, 2.0, 9.0):
         record_request(study, speedup, "safest")
+    say_bounded(study, True)
     exported(database, out)
     bounds, params = entries(out)
     assert bounds[BOUND]["trial"] == fast

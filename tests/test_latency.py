@@ -403,6 +403,9 @@ def test_the_fastest_is_timed_on_first_and_then_who_may_be_faster() -> None:
     settled = told(*(1.0 + 0.01 * one for one in noisy))
     assert contender([slow, rival, settled, precise], 0.03, 40) == 1
     assert contender([slow, settled, precise], 0.03, 40) is None
+    # What cannot be timed on is what the others must beat, all the same.
+    assert contender([slow, rival, best], 0.03, 40, closed=[2]) == 1
+    assert contender([slow, precise, best], 0.03, 40, closed=[2]) is None
     assert contender([], 0.03, 40) is None
 
 

@@ -14,6 +14,7 @@ from accelsearch.budget import Judgement, Verdict
 from accelsearch.configuration import Budget
 from accelsearch.measurement import Latency, Scores
 from accelsearch.queries import (
+    bounded,
     exhausted,
     fastest_feasible,
     feasible_trials,
@@ -56,6 +57,16 @@ def test_a_study_is_exhausted_when_every_setting_has_been_measured() -> None:
     repeated = replace(trials[0], number=2, reused_from=0)
     running = replace(trials[0], number=3, outcome=Outcome.RUNNING)
     assert not exhausted(replace(study_of([*trials, repeated, running]), settings=3))
+
+
+def test_the_best_is_an_upper_bound_where_a_search_for_the_largest_speedup_has_ended() -> None:
+    older, asked = study_of([trial(0, 2.0, 0.01)]), {1.5: "safest"}
+    assert bounded(older)
+    assert not bounded(replace(older, requests=asked))
+    dominated = trial(1, 1.0, None, Outcome.DOMINATED)
+    assert bounded(replace(older, trials=(*older.trials, dominated), requests=asked))
+    assert bounded(replace(older, requests=asked, bounded=True))
+    assert not bounded(replace(older, bounded=False))
 
 
 @st.composite
@@ -257,6 +268,22 @@ def test_a_resumed_trial_is_counted_once_and_by_its_last_state() -> None:
     for unfinished in (Outcome.RUNNING, Outcome.INTERRUPTED):
         study = study_of([given_up, replace(resumed, outcome=unfinished)])
         assert given_up in study.current
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_failure_to_measure_a_feasible_trial_further_takes_nothing_from_it(lost: bool) -> None:
+    kept = trial(0, 2.0, 0.01)
+    # One whose worker was lost does not say what it resumed.
+    failed = StoredTrial(
+        1, Outcome.FAILED, "told", kept.params, resumes=None if lost else 0, lost=lost
+    )
+    study = study_of([kept, failed])
+    assert study.current == study.measured == study.feasible == (kept,)
+    assert study.in_vain == {1: 0}
+    assert outcomes(study) == {Outcome.FEASIBLE: 1}
+    given_up = replace(kept, outcome=Outcome.DOMINATED)
+    assert study_of([given_up, failed]).in_vain == {}
+    assert study_of([given_up, failed]).measured == (failed,)
 
 
 def test_a_setting_whose_worker_was_lost_while_it_resumed_another_is_counted_once() -> None:

@@ -276,6 +276,47 @@ def test_what_a_gone_worker_had_in_another_study_is_settled_too(scene: Scene) ->
     assert scene.trials[0].outcome is Outcome.INTERRUPTED
 
 
+def test_what_a_gone_worker_had_in_a_study_that_was_deleted_is_released(scene: Scene) -> None:
+    scene.start(scene.lost, PARAMS)
+    optuna.delete_study(study_name=scene.study.study_name, storage=scene.storage)
+    other = optuna.create_study(storage=scene.storage, study_name="another")
+    reconcile(other, scene.here)
+    assert claims.all_claims(scene.here.engine) == ()
+    assert [row.identity.name for row in claims.all_workers(scene.here.engine)] == ["here"]
+
+
+def test_a_trial_that_has_the_number_of_a_deleted_one_is_left_to_its_worker(scene: Scene) -> None:
+    deleted = scene.start(scene.lost, PARAMS)
+    optuna.delete_study(study_name=scene.study.study_name, storage=scene.storage)
+    kept = optuna.create_study(storage=scene.storage, study_name="kept")
+    trial = kept.ask()
+    assert trial._trial_id == deleted
+    other = Worker(engine(scene.storage), name="other")
+    claims.add_worker(engine(scene.storage), other.identity)
+    assert other.claim(kept._study_id, {"a": 3}, trial_id=trial._trial_id)
+    reconcile(kept, scene.here)
+    assert [one.state for one in kept.get_trials()] == [TrialState.RUNNING]
+    assert [claim.params for claim in claims.all_claims(scene.here.engine)] == [{"a": 3}]
+
+
+def test_a_study_that_is_deleted_while_others_clear_away_is_no_error(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelsearch import reconcile as module
+
+    scene.start(scene.lost, PARAMS)
+    other = optuna.create_study(storage=scene.storage, study_name="another")
+    real = module.retries_of
+
+    def deleted(storage: Any, study_id: int) -> int:
+        optuna.delete_study(study_name=scene.study.study_name, storage=storage)
+        return real(storage, study_id)
+
+    monkeypatch.setattr(module, "retries_of", deleted)
+    reconcile(other, scene.here)
+    assert claims.all_claims(scene.here.engine) == ()
+
+
 def test_two_that_clear_away_at_once_do_not_disturb_each_other(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
+from accelsearch import rows
 from accelsearch.reconnect import PatientStorage
 from accelsearch.storage import engine, open_storage, running_trial
 
@@ -130,6 +132,35 @@ def test_who_runs_is_read_once_until_it_ends(url: str, study_id: int) -> None:
         mine.get_all_trials(study_id)
     # The enqueued trial alone is read again, and would be without any that runs.
     assert len([one for one in statements if "trial_params" in one]) == len(details) == 1
+
+
+def test_of_two_who_end_a_trial_at_once_one_succeeds(
+    url: str, study_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = open_storage(url), open_storage(url)
+    trial_id = first.create_new_trial(study_id, running_trial({}, {}, "worker"))
+    refused: list[Exception] = []
+
+    def give_up() -> None:
+        try:
+            second.set_trial_state_values(trial_id, TrialState.FAIL)
+        except UpdateFinishedTrialError as error:
+            refused.append(error)
+
+    beside = threading.Thread(target=give_up)
+    real = rows._lock
+
+    def lock(session: Any, trial: int) -> None:
+        real(session, trial)
+        if beside.ident is None:
+            beside.start()
+            beside.join(0.5)  # long enough to come between, were it not kept out
+
+    monkeypatch.setattr(rows, "_lock", lock)
+    first.set_trial_state_values(trial_id, TrialState.COMPLETE, [2.0])
+    beside.join()
+    assert len(refused) == 1
+    assert open_storage(url).get_trial(trial_id).state is TrialState.COMPLETE
 
 
 def test_many_trials_are_read_in_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

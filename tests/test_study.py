@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from accelsearch import objective, pictures
@@ -40,18 +41,22 @@ from accelsearch.measurement import (
 )
 from accelsearch.methods import Parameter, applied
 from accelsearch.objective import Result, environment_of
+from accelsearch.queries import bounded
 from accelsearch.storage import (
     Outcome,
     StoredStudy,
     StoredTrial,
     Verification,
+    create_study,
     engine,
     give_up,
     open_storage,
     read_studies,
+    record_verification,
     study_name,
 )
 from accelsearch.study import OTHERS, Found, search
+from tests.stored import add_trial
 
 MakeConfiguration = Callable[..., Any]
 Params = Mapping[str, ParamValue]
@@ -433,6 +438,85 @@ def test_the_answer_to_a_goal_is_timed_on_where_it_may_fall_short(lab: Lab) -> N
     other = lab.search(sure, goal=1.2, trials=12, sampler="grid")
     assert other.answer is not None
     assert sure.measured == []  # it surely reaches this, however coarsely it is timed
+
+
+def test_at_the_limit_of_trials_those_enqueued_wait_while_the_best_is_timed_on(lab: Lab) -> None:
+    lab.search(Timed(), trials=1, latency=LatencySettings(max_pairs=6))
+    lab.suggest((2, 0), (2, 1), (4, 0))
+    bench = Timed()
+    found = lab.search(bench, trials=2)
+    assert found.stopped == "the limit of 2 trials"
+    assert {setting(params) for params in bench.measured} == {(2, 0), (3, 0)}
+    assert len(found.study.measured) == 2
+    waiting = [one.state for one in lab.study.trials].count(TrialState.WAITING)
+    assert waiting == 2
+
+
+def test_at_the_limit_of_trials_those_enqueued_wait_while_another_is_gone_on_with(
+    lab: Lab,
+) -> None:
+    lab.search(Stand(), trials=1, goal=9.0)
+    lab.suggest((2, 0))
+    bench = Stand()
+    found = lab.search(bench, trials=1)
+    assert found.stopped == "the limit of 1 trials"
+    assert [setting(params) for params in bench.measured] == [(3, 0)]
+
+
+def test_a_failure_while_a_setting_is_timed_on_leaves_its_trial_the_best(lab: Lab) -> None:
+    class Crowded(Timed):
+        def measure(self, params: Params, **question: Any) -> Result:
+            result = super().measure(params, **question)
+            if question["known"] is not None:
+                raise TrialError("out of GPU memory")
+            return result
+
+    bench = Crowded()
+    found = lab.search(bench, trials=12, sampler="grid")
+    failed = [one for one in found.study.trials if one.outcome is Outcome.FAILED]
+    assert failed
+    # Each is tried once: what fills the GPU may fill it for ever.
+    assert len({one.resumes for one in failed}) == len(failed) == len(bench.measured) - 12
+    best = max(
+        found.study.trials, key=lambda one: one.feasible(lab.configuration()) * (one.speedup or 0)
+    )
+    assert found.best == best
+    assert best.number in {one.resumes for one in failed}
+    assert len(found.study.current) == 12
+    again = Crowded()
+    assert lab.search(again, trials=12, sampler="grid").best == best
+    assert again.measured == []
+
+
+def test_a_setting_whose_worker_is_lost_too_often_while_it_is_timed_on_stays_as_it_is(
+    lab: Lab,
+) -> None:
+    class Stopped(Timed):
+        def measure(self, params: Params, **question: Any) -> Result:
+            if len(self.measured) == 12:
+                raise KeyboardInterrupt
+            return super().measure(params, **question)
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.search(Stopped(), trials=12, sampler="grid")
+    interrupted = lab.study.trials[-1]
+    study = lab.study
+    study.enqueue_trial(interrupted.params)
+    lost = study.ask(dict(interrupted.distributions))
+    # As `reconcile` leaves it, which cannot know what it resumed.
+    give_up(study._storage, study.trials[lost.number], Outcome.FAILED, "its worker is gone")
+
+    class Ends(Events):
+        def trial_finished(self, study: StoredStudy) -> None:
+            assert len(study.trials) < 60, "the search does not end"
+
+    bench = Timed()
+    found = lab.search(bench, Ends(), trials=12, sampler="grid")
+    assert interrupted.params not in bench.measured
+    assert found.best is not None
+    assert found.best.params == interrupted.params
+    assert found.best.resumes is None
+    assert lab.study.trials[-1].user_attrs.keys().isdisjoint({"reused_from"})
 
 
 @pytest.mark.parametrize("reason", ["images contain NaN", "images are black", "out of GPU memory"])
@@ -1121,6 +1205,32 @@ def test_the_largest_speedup_is_looked_for_among_what_was_too_slow_for_a_goal(la
     assert again.measured == []
 
 
+def test_only_a_search_for_the_largest_speedup_that_has_ended_leaves_an_upper_bound(
+    lab: Lab,
+) -> None:
+    found = lab.search(Stand(), trials=12, sampler="grid", goal=1.2)
+    assert found.answer is not None
+    assert not bounded(found.study)
+    interrupted = Stand(fault=failing(error=KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        lab.search(interrupted, trials=12, sampler="grid")
+    assert not any(map(bounded, read_studies(open_storage(lab.url))))
+    assert bounded(lab.search(Stand(), trials=12, sampler="grid").study)
+    # What is asked for later takes nothing of it.
+    lab.search(Stand(), trials=12, sampler="grid", goal=9.0)
+    assert all(map(bounded, read_studies(open_storage(lab.url))))
+
+
+def test_a_study_of_an_older_version_keeps_its_bound_when_a_target_is_asked_for(lab: Lab) -> None:
+    lab.search(Stand(), trials=1)
+    with closing(sqlite3.connect(lab.url.removeprefix("sqlite:///"))) as connection:
+        connection.execute("DELETE FROM study_user_attributes WHERE key = 'bounded'")
+        connection.commit()
+    found = lab.search(Stand(), trials=3, goal=9.0)
+    assert found.study.requests
+    assert bounded(found.study)
+
+
 def test_a_resumed_trial_that_fails_is_not_resumed_again(lab: Lab) -> None:
     lab.search(Stand(), trials=1, goal=9.0)
     bench = Stand(fault=failing((3, 0), error=TrialError("out of GPU memory")))
@@ -1255,6 +1365,32 @@ def test_a_refuted_trial_is_followed_by_the_next_best_with_its_own_share_of_the_
     assert [one.verified for one in by_candidate] == [False] * len(held) + [True]
 
 
+class TimedAndJudged(Timed, Judged):
+    """A stand-in of both: its best settings are timed on before held-out prompts are asked."""
+
+
+def test_a_verified_setting_that_is_timed_on_stays_verified_and_is_not_tried_again(
+    lab: Lab,
+) -> None:
+    with pytest.raises(PlanError) as refused:
+        lab.search(TimedAndJudged(), held_out_prompts=HELD_OUT[:5])
+    told = re.search(r">= (\d+)", str(refused.value))
+    assert told is not None
+    # So few that a second try, with less of the error, could verify nothing.
+    few = HELD_OUT[: int(told[1])]
+    first = lab.search(TimedAndJudged(), trials=12, sampler="grid", goal=1.2, held_out_prompts=few)
+    assert first.answer is not None
+    bench = TimedAndJudged()
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=few)
+    assert found.best is not None
+    assert found.best.params == first.answer.params
+    assert found.best.number > first.answer.number
+    assert bench.held_out == []
+    verification = found.study.verification(found.best)
+    assert verification is not None
+    assert verification.verified
+
+
 def test_what_a_refuted_trial_had_dominated_is_scored_after_all(lab: Lab) -> None:
     lab.search(Judged({3: 0.2}), trials=1, held_out_prompts=())
     lab.suggest((2, 0))
@@ -1287,6 +1423,83 @@ def test_the_answer_to_a_goal_is_verified_too(lab: Lab) -> None:
     assert found.study.verifications.keys() == {found.answer.number}
 
 
+def test_what_another_worker_verifies_while_a_search_reads_its_trials_is_read_the_next_time(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration = lab.configuration(trials=1)
+    storage, another = open_storage(lab.url), open_storage(lab.url)
+    create_study(storage, configuration, environment_of(configuration), RandomSampler())
+    real, reads = storage.get_all_trials, 0
+
+    def read(study_id: int, *arguments: Any, **options: Any) -> Any:
+        nonlocal reads
+        trials = real(study_id, *arguments, **options)
+        reads += 1
+        if reads == 2:  # the first is that of who clears away
+            assert trials == []
+            name = another.get_study_name_from_id(study_id)
+            study = optuna.load_study(study_name=name, storage=another)
+            number = add_trial(study, 1.5, 0.0)
+            scores = (Scores("clip_score", (50.0,) * 150, (50.0,) * 150),)
+            record_verification(study, number, 0, scores)
+        return trials
+
+    monkeypatch.setattr(storage, "get_all_trials", read)
+    found = search(configuration, storage, artifacts=lab.artifacts, bench=Stand())
+    assert reads > 2
+    assert found.study.verifications.keys() == {0}
+
+
+def test_while_one_worker_verifies_another_waits_for_what_comes_of_it(lab: Lab) -> None:
+    lab.search(Judged(), trials=12, sampler="grid")
+    beside: list[Found] = []
+    other = Judged()
+
+    class Beside(Judged):
+        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+            beside.append(
+                lab.search(other, trials=12, goal=0.85, choice="closest", held_out_prompts=HELD_OUT)
+            )
+            return super().held_out_scores(params)
+
+    lab.search(Beside(), trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert [found.stopped for found in beside] == [OTHERS]
+    assert beside[0].pending
+    assert other.held_out == []
+
+
+def test_what_another_worker_verified_just_before_has_its_own_share_of_the_error(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration, slower_first = lab.configuration(), ((2, 1), (2, 0), (3, 0))
+    sampler = optuna.samplers.RandomSampler()
+    create_study(open_storage(lab.url), configuration, environment_of(configuration), sampler)
+    lab.suggest(*slower_first)
+    lab.search(Judged(), trials=3)
+
+    class First(Judged):
+        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+            self.losses = {} if self.held_out else {2: 0.2}
+            return super().held_out_scores(params)
+
+    claim, others = Worker.claim, iter([First()])
+
+    def claimed(self: Worker, study_id: int, params: Params, **of: Any) -> bool:
+        other = next(others, None)
+        if other is not None:
+            lab.search(other, trials=3, goal=0.85, choice="closest", held_out_prompts=HELD_OUT)
+            assert other.held_out == [(2, 1), (2, 0)]
+        return claim(self, study_id, params, **of)
+
+    monkeypatch.setattr(Worker, "claim", claimed)
+    bench = Judged()
+    found = lab.search(bench, trials=3, held_out_prompts=HELD_OUT)
+    assert bench.held_out == [(3, 0)]
+    shares = {one.trial: one.candidate for one in found.study.verifications.values()}
+    assert shares[0] == 0  # (2, 1), which was refuted
+    assert shares[2] > 0
+
+
 def test_too_few_held_out_prompts_are_refused_and_how_many_it_takes_is_told(lab: Lab) -> None:
     bench = Judged()
     with pytest.raises(PlanError, match=r"held_out_images must be >= (\d+) .*got 5;") as refused:
@@ -1309,13 +1522,22 @@ def test_held_out_prompts_are_refused_where_no_loss_is_allowed(lab: Lab) -> None
         lab.search(Judged(), budgets=none, held_out_prompts=HELD_OUT)
 
 
-def test_a_setting_that_cannot_make_held_out_images_is_told_and_stays_unverified(lab: Lab) -> None:
+def test_a_setting_that_cannot_make_held_out_images_is_refuted_with_its_reason(lab: Lab) -> None:
     class Broken(Judged):
         def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
-            raise TrialError("images are black")
+            found = super().held_out_scores(params)
+            if setting(params)[0] == 3:
+                raise TrialError("images are black")
+            return found
 
-    events = Events()
-    found = lab.search(Broken(), events, trials=1, held_out_prompts=HELD_OUT)
+    bench, events = Broken(), Events()
+    found = lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
     assert found.best is not None
-    assert found.study.verifications == {}
-    assert "trial 0 cannot be verified: images are black" in events.told
+    assert found.best.params == {"cache_interval": 2, "cache_branch_id": 0}
+    first, *_, last = sorted(found.study.verifications.values(), key=lambda one: one.candidate)
+    assert (first.verified, first.failure, first.scores) == (False, "images are black", ())
+    assert last.verified
+    assert f"trial {first.trial} refuted" in events.told
+    again = Broken()
+    lab.search(again, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert again.loaded == 0

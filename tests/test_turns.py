@@ -17,7 +17,7 @@ from accelsearch.heartbeat import Worker
 from accelsearch.methods import Parameter
 from accelsearch.storage import Outcome, engine, open_storage, record
 from accelsearch.turns import finish, take
-from tests.stored import new_database
+from tests.stored import measured, new_database
 
 SPACE = (
     Parameter("cache_interval", "int", 3, "", "", low=2, high=9),
@@ -105,6 +105,14 @@ def test_an_enqueued_trial_comes_first_and_is_itself_run(study: Any, worker: Wor
     assert [one.state for one in study.trials] == [TrialState.RUNNING]
 
 
+def test_an_enqueued_trial_that_is_to_be_left_alone_waits(study: Any, worker: Worker) -> None:
+    study.enqueue_trial(PARAMS)
+    trial = take(study, SPACE, worker, {**PARAMS, "cache_interval": 9}, enqueued=False)
+    assert trial is not None
+    assert trial.params["cache_interval"] == 9
+    assert study.trials[0].state is TrialState.WAITING
+
+
 def test_an_enqueued_setting_that_another_measures_waits(
     study: Any, worker: Worker, other: Worker
 ) -> None:
@@ -155,6 +163,20 @@ def test_an_interrupt_gives_the_setting_back(
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
     assert all_claims(worker.engine) == ()
     assert worker.trials == 0
+
+
+def test_an_interrupt_after_everything_is_recorded_loses_nothing(
+    study: Any, worker: Worker
+) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        record(trial, Outcome.FEASIBLE, "told", measurement=measured(2.0, params=PARAMS))
+        raise KeyboardInterrupt  # while its pictures are written
+
+    with pytest.raises(KeyboardInterrupt):
+        finish(study, taken(study, worker, PARAMS), worker, objective)
+    assert [(one.state, one.value) for one in study.trials] == [(TrialState.COMPLETE, 2.0)]
+    assert all_claims(worker.engine) == ()
+    assert worker.trials == 1
 
 
 def test_what_a_worker_taken_for_dead_measures_does_not_count(

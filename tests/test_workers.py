@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 
 from accelsearch import claims
 from accelsearch import workers as module
-from accelsearch.configuration import SearchSettings
+from accelsearch.configuration import LatencySettings, SearchSettings
 from accelsearch.errors import PlanError, UnsupportedError
 from accelsearch.heartbeat import Worker
+from accelsearch.measurement import Latency
 from accelsearch.objective import Bench, environment_of
-from accelsearch.storage import create_study, engine, open_storage
-from accelsearch.study import OTHERS, Progress, Silent
+from accelsearch.storage import create_study, engine, open_storage, record
+from accelsearch.study import OTHERS, Progress, Silent, contender_of
+from accelsearch.turns import finish, take
 from accelsearch.workers import device_told, stand_in, work
 from tests.standin import StandIn
 from tests.stored import configured, new_database
@@ -166,6 +169,90 @@ def test_a_worker_waits_for_what_others_measure_and_takes_over_what_they_leave(
     assert pauses[:3] == pytest.approx([0.05, 0.075, 0.1125])
     (found,) = done.found.values()
     assert [trial.params for trial in found.study.trials] == [default]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_the_time_limit_goes_on_while_a_worker_waits(
+    storage: Any, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    now = [0.0]
+
+    class Slow(Loads):
+        def measure(self, params: Any, **question: Any) -> Any:
+            now[0] += 4.0
+            return super().measure(params, **question)
+
+    search = SearchSettings(trials=3, sampler="random", timeout_s=10.0)
+    configuration = configured(model="shapes", search=search)
+    study = create_study(
+        storage, configuration, StandIn.environment(None), optuna.samplers.RandomSampler()
+    )
+    with Worker(engine(storage)) as other, Worker(engine(storage)) as worker:
+        assert other.claim(study._study_id, {"cache_interval": 3, "cache_branch_id": 0})
+
+        def pause(seconds: float) -> None:
+            if seconds:  # the stand-in pauses for none
+                now[0] += 3.0
+                assert now[0] < 20.0, "it waits for ever"
+                if left:
+                    other.release()
+
+        monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(module.time, "sleep", pause)
+        done = day(storage, worker, [configuration], Slow)
+        monkeypatch.undo()
+    (found,) = done.found.values()
+    assert found.stopped == ("the time limit of 10 s" if left else OTHERS)
+    assert len(found.study.trials) == 2
+
+
+class Scattered(Loads):
+    """Its pairs scatter evenly by up to 20 %, so that more of them tell more."""
+
+    def measure(self, params: Any, *, pairs: int, **question: Any) -> Any:
+        result = super().measure(params, **question)
+        noise = [1 + 0.2 * ((index * 0.618) % 1 - 0.5) for index in range(pairs)]
+        speedup = result.measurement.latency.speedup
+        latency = Latency(tuple(speedup * one for one in noise), (1.0,) * pairs)
+        return replace(result, measurement=replace(result.measurement, latency=latency))
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_worker_waits_for_what_another_times_on_and_goes_on_with_it(
+    storage: Any, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    with Worker(engine(storage)) as worker:
+        coarse = plan(10, latency=LatencySettings(max_pairs=6))
+        (found,) = day(storage, worker, coarse, Scattered).found.values()
+    best = found.best
+    (study,) = studies(storage).values()
+    pauses = 0
+
+    def timed_on(trial: optuna.Trial) -> float:
+        bench = Scattered(found.study.configuration, Silent().doing)
+        result = bench.measure(best.params, pairs=12)
+        record(trial, result.outcome, "told", measurement=result.measurement, resumes=best.number)
+        return 1.0
+
+    with Worker(engine(storage)) as other, Worker(engine(storage)) as worker:
+
+        def pause(seconds: float) -> None:
+            nonlocal pauses
+            pauses += seconds > 0  # the stand-in pauses for none
+            if seconds and pauses == 3 and told:
+                assert finish(study, running, other, timed_on)
+            elif seconds and pauses == 3:
+                other.release()
+
+        monkeypatch.setattr(module.time, "sleep", pause)
+        running = take(study, StandIn.space, other, best.params)
+        assert running is not None
+        done = day(storage, worker, plan(10), Scattered)
+    assert pauses == 3
+    (found,) = done.found.values()
+    assert found.stopped == "the limit of 3 trials"
+    assert contender_of(found.study) is None
+    assert found.best.measurement.latency.is_precise(0.03)
 
 
 @contextmanager

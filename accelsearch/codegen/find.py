@@ -59,6 +59,10 @@ class Stored:
             return min(found, key=lambda one: one[1]["speedup"], default=None)
         return min(found, key=lambda one: (one[1]["score_loss"], -one[1]["speedup"]), default=None)
 
+    def knows(self, task: Task) -> bool:
+        """Whether parameters of the task's configuration are stored, whatever they reach."""
+        return task.key(None) in self._settings
+
     def bound(self, task: Task) -> tuple[float, float | None, bool] | None:
         """The largest speedup that may be asked for, the largest measured, and whether that is all.
 

@@ -129,9 +129,10 @@ def generate(
     A task is a sentence or an object as in `tasks.json`. `params` and `bounds` are the two JSON
     files; one that does not exist holds nothing. Where a task at or below its bound finds no
     parameters, `search` is called with it, the files are read again, and what they now hold
-    counts; with `search_unknown` also where there is no bound. `model` is used in the place of
-    the one that an entry names. `told` hears of each result when it is there. One bad task never
-    stops the others.
+    counts. So it is without a bound where parameters of the configuration are stored, which a
+    search for a target has left, and with `search_unknown` also where nothing is. `model` is used
+    in the place of the one that an entry names. `told` hears of each result when it is there. One
+    bad task never stops the others.
 
     Raises:
         ContractError: a JSON file is malformed.
@@ -214,7 +215,8 @@ def _without_search(
     """What becomes of a task that no stored parameters answer; None if a search may answer it."""
     bound = stored.bound(task)
     if bound is None:
-        if not search_unknown:
+        # Parameters without a bound are what a search for a target leaves: a search may go on.
+        if not search_unknown and not (search is not None and stored.knows(task)):
             return Status.SKIPPED, f"no bound is known for {_configuration(task)}"
     else:
         largest, measured, exhausted = bound

@@ -177,11 +177,18 @@ def _read(stream: IO[str], told: Callable[[str], None]) -> None:
             told(line.rstrip())
 
 
-def default_search() -> tuple[Template, ...]:
-    """`accelsearch target` of the task's configuration, which exports what it has found."""
+def default_search(
+    *, device: str | None = None, timeout_s: float | None = None
+) -> tuple[Template, ...]:
+    """`accelsearch target` of the task's configuration, which exports what it has found.
+
+    `device` and `timeout_s` stand for the plan's.
+    """
     program = (sys.executable, "-m", "accelsearch", "target", "{plan}", "--speedup={speedup}")
     which = ("--scheduler={scheduler}", "--steps={steps}", "--methods={methods}")
-    return (Template((*program, *which, "--out={folder}")),)
+    given = {"--device": device, "--timeout-s": timeout_s}
+    instead = (f"{option}={value}" for option, value in given.items() if value is not None)
+    return (Template((*program, *which, *instead, "--out={folder}")),)
 
 
 def _fields(word: str) -> list[str]:

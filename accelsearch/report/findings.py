@@ -14,10 +14,9 @@ from math import floor
 from statistics import median
 from typing import Any
 
-from accelsearch.budget import ALPHA, candidate_alpha, loss_told
-from accelsearch.configuration import Budget, Configuration, Range
+from accelsearch.budget import ALPHA, candidate_alpha, interval_told, loss_told
+from accelsearch.configuration import Configuration, Range
 from accelsearch.contract import within
-from accelsearch.figures import loss_axis
 from accelsearch.measurement import (
     Latency,
     ParamValue,
@@ -120,7 +119,7 @@ def summary(studies: Sequence[StoredStudy]) -> str:
 
 def verified(study: StoredStudy, trial: StoredTrial) -> bool | None:
     """What held-out prompts say of a trial; None where it was not tried on any."""
-    found = study.verifications.get(trial.number)
+    found = study.verification(trial)
     return None if found is None else found.verified
 
 
@@ -317,7 +316,8 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
         known = (
             f"all {seen} prompts of the search"
             if seen >= configuration.images
-            else f"{seen} of {configuration.images} prompts, {_interval(low, high, budget)}"
+            else f"{seen} of {configuration.images} prompts, "
+            f"interval {interval_told(low, high, budget)}"
         )
         told.append((f"Loss, {budget.metric}", f"{loss_told(loss, budget)}, {known}"))
     if judgement is not None:
@@ -330,7 +330,7 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 "to promise it for others of their kind",
             )
         )
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     if verification is None:
         told.append(
             (
@@ -340,6 +340,8 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 else "none: set held_out_images in the plan, and run accelsearch bounds again",
             )
         )
+    elif verification.judgement is None:
+        told.append(("Verification", f"failed on the held-out prompts: {verification.failure}"))
     else:
         by_metric = {one.metric: one for one in verification.scores}
         count = len(verification.scores[0].accelerated)
@@ -347,7 +349,7 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
         for budget in configuration.budgets:
             loss = score_loss(by_metric[budget.metric], budget.floor_db)
             low, high = verification.judgement.intervals[budget.metric]
-            parts.append(f"{loss_told(loss, budget)}, {_interval(low, high, budget)}")
+            parts.append(f"{loss_told(loss, budget)}, interval {interval_told(low, high, budget)}")
         verdict = "confirmed" if verification.verified else "not confirmed"
         told.append(
             (
@@ -384,7 +386,8 @@ def plan_of(study: StoredStudy) -> str:
     """
     configuration = study.configuration
     held_out = max(
-        (len(one.scores[0].accelerated) for one in study.verifications.values()), default=0
+        (len(one.scores[0].accelerated) for one in study.verifications.values() if one.scores),
+        default=0,
     )
     lines = [f"{name} = {_toml(value)}" for name, value in _plan_fields(configuration, held_out)]
     tables: list[tuple[str, Mapping[str, Any]]] = [
@@ -472,11 +475,6 @@ def _faster(latency: Latency, other: Latency | None) -> bool | None:
     if here[0] > there[1]:
         return True
     return False if here[1] < there[0] else None
-
-
-def _interval(low: float, high: float, budget: Budget) -> str:
-    axis = loss_axis(budget)
-    return f"interval {low * axis.scale:.2g} to {high * axis.scale:.2g}{axis.suffix}"
 
 
 def _prompt_loss_told(metric: str, value: float) -> str:

@@ -219,13 +219,15 @@ def _loss(told: str, metric: str) -> tuple[str, str]:
 
 
 def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, str]:
-    found = study.verifications.get(trial.number)
+    found = study.verification(trial)
     if found is None:
         return (
             {"word": "not tried", "told": "the plan reserves none", "mood": ""}
             if (not study.verifications)
             else {"word": "not tried", "told": "other trials were", "mood": ""}
         )
+    if found.failure is not None:
+        return {"word": "not confirmed", "told": found.failure, "mood": "bad"}
     budget = study.configuration.budgets[0]
     scores = next(one for one in found.scores if one.metric == budget.metric)
     value, _ = _loss(loss_told(score_loss(scores, budget.floor_db), budget), budget.metric)

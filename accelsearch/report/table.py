@@ -32,7 +32,7 @@ def csv_table(studies: Sequence[StoredStudy]) -> str:
 def _row(study: StoredStudy, trial: StoredTrial, is_best: bool) -> dict[str, Any]:
     configuration, measurement = study.configuration, trial.measurement
     interval = None if measurement is None else measurement.latency.interval()
-    verification = study.verifications.get(trial.number)
+    verification = study.verification(trial)
     row: dict[str, Any] = {
         "study": study.name,
         "model": configuration.model,

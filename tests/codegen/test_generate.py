@@ -240,6 +240,16 @@ def test_without_a_bound_there_is_a_search_only_where_it_is_asked_for(tmp_path: 
     assert of_one(files, asked().sentence, search=search, search_unknown=True)[0] is Status.SEARCHED
 
 
+def test_parameters_without_a_bound_are_searched_on_where_there_is_a_search(tmp_path: Path) -> None:
+    # What `target --out` leaves: it knows nothing of faster settings.
+    files = write(tmp_path, (key(1.5), entry(key(1.5))), bounds={})
+    search = Searching(files, (key(2.5), entry(key(2.5))), ended=Searched.DONE)
+    assert of_one(files, asked(2.4).sentence)[0] is Status.SKIPPED
+    assert of_one(files, asked(2.4, steps=20).sentence, search=search)[0] is Status.SKIPPED
+    assert search.calls == 0
+    assert of_one(files, asked(2.4).sentence, search=search)[0] is Status.SEARCHED
+
+
 def test_without_a_search_what_is_missing_below_the_bound_is_a_failure(tmp_path: Path) -> None:
     files = write(tmp_path, (key(), entry(key())))
     status, reason = of_one(files, asked(2.5).sentence)

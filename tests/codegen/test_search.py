@@ -49,6 +49,12 @@ def test_the_default_targets_the_speedup_and_exports_what_it_finds() -> None:
     ]
 
 
+def test_the_default_search_takes_a_device_and_a_time_limit_instead_of_the_plans() -> None:
+    (template,) = default_search(device="cuda:1", timeout_s=90)
+    command = template.filled(TASK, plan=Path("p.toml"), folder=Path("out"))
+    assert command[-3:] == ["--device=cuda:1", "--timeout-s=90", "--out=out"]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
