@@ -24,12 +24,12 @@ import psutil
 from optuna.storages import BaseStorage
 
 from accelsearch.claims import WorkerRow, all_workers
-from accelsearch.errors import PlanError, StorageError, UnsupportedError
+from accelsearch.errors import PlanError, UnsupportedError
 from accelsearch.gpus import Gpu, cores
 from accelsearch.heartbeat import GRACE_S, Worker
 from accelsearch.jobs import WorkerJob
 from accelsearch.reconcile import reconcile_all
-from accelsearch.storage import engine
+from accelsearch.storage import engine, make_folder
 
 __all__ = [
     "Crew",
@@ -211,7 +211,7 @@ def launch(
     """
     crew = Crew(uuid.uuid4().hex[:4], seats)
     start = _on_slurm(slurm, logs) if slurm is not None else _here(logs)
-    _make_folder(logs)
+    make_folder(logs, "logs")
     interrupted = False
     with (
         Worker(engine(storage), device="launcher", name=f"{crew.name}/launcher") as launcher,
@@ -329,16 +329,6 @@ def _environment(name: str, gpu: Gpu | None, threads: str) -> dict[str, str]:
 
 def _caches() -> Path:
     return Path(tempfile.gettempdir()) / f"accelsearch-{getpass.getuser()}"
-
-
-def _make_folder(logs: Path) -> None:
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"the logs' folder must be writable, got {str(logs)!r}: {error.strerror}; "
-            "name another with --logs"
-        ) from None
 
 
 def _here(logs: Path) -> Callable[[Seat, WorkerJob], _Job]:

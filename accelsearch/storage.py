@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import time
@@ -63,6 +64,7 @@ __all__ = [
     "is_lost",
     "is_ours",
     "is_over",
+    "make_folder",
     "open_storage",
     "read_both",
     "read_neighbours",
@@ -81,6 +83,7 @@ __all__ = [
     "say_worker",
     "settings_of",
     "study_name",
+    "tells_bounded",
 ]
 
 _HEARTBEAT_S, _GRACE_S = 30, 120
@@ -428,6 +431,24 @@ def create_study(
     return study
 
 
+def make_folder(folder: Path, what: str) -> None:
+    """Make the folder of the artifacts or the logs, as `what` and its option are called.
+
+    Raises:
+        StorageError: it cannot be made, or not be written to.
+    """
+    problem = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f": {error.strerror}"
+    if problem or not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"the {what}' folder must be writable, got {str(folder)!r}{problem}; "
+            f"name another with --{what}"
+        )
+
+
 def say_settings(study: optuna.Study, count: int) -> None:
     """Store how many settings there are in all, which only a loaded pipeline tells."""
     if study.user_attrs.get(_SETTINGS) != count:
@@ -438,6 +459,11 @@ def settings_of(study: optuna.Study) -> int | None:
     """How many settings there are in all; None where nobody knows, or they cannot be counted."""
     count = study.user_attrs.get(_SETTINGS)
     return count if isinstance(count, int) else None
+
+
+def tells_bounded(study: optuna.Study) -> bool:
+    """Whether a study tells if it is bounded: those of older versions do not."""
+    return _BOUNDED in study.user_attrs
 
 
 def say_bounded(study: optuna.Study, bounded: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from optuna.trial import TrialState
 from accelsearch import pictures
 from accelsearch.budget import violation
 from accelsearch.configuration import Configuration, SearchSettings
-from accelsearch.errors import BaselineError, StorageError, TrialError
+from accelsearch.errors import BaselineError, TrialError
 from accelsearch.guide import GAIN, Guide, Observation
 from accelsearch.heartbeat import Worker
 from accelsearch.judging import check_held_out
@@ -53,6 +52,7 @@ from accelsearch.storage import (
     create_study,
     database_errors,
     engine,
+    make_folder,
     read_both,
     read_neighbours,
     read_parts,
@@ -64,6 +64,7 @@ from accelsearch.storage import (
     say_bounded,
     say_settings,
     settings_of,
+    tells_bounded,
 )
 from accelsearch.turns import finish, take
 
@@ -205,15 +206,15 @@ def search(
     # Before there is a study of nothing, or a picture to lose.
     check_models(configuration)
     check_held_out(configuration)
-    _make_folder(artifacts)
+    make_folder(artifacts, "artifacts")
     environment = where(configuration)
     settings = configuration.search
     study = create_study(storage, configuration, environment, _sampler(settings, 0))
     worker.at(study._study_id)
     reconcile(study, worker)
-    stored = read_study(study)
-    if stored.bounded is None:
+    if not tells_bounded(study):
         # Before a target is recorded, by which an older study would lose its bound.
+        stored = read_study(study)
         say_bounded(study, bool(stored.measured) and bounded(stored))
     if goal is not None:
         record_request(study, goal, choice)
@@ -603,7 +604,7 @@ class _Search:
             best = self._candidate()
             if best is None or best.number != candidate.number:
                 return True
-            share, failure = len(self._stored.tried), None
+            share, failure = len(self._stored.verifications), None
             scores: tuple[Scores, ...] = ()
             try:
                 scores = self._bench.held_out_scores(best.params)
@@ -874,18 +875,3 @@ def _limit(settings: SearchSettings) -> str:
 
 def _exhausted(size: int) -> str:
     return f"all {size} settings are measured" if size > 1 else "the one setting is measured"
-
-
-def _make_folder(artifacts: Path) -> None:
-    try:
-        artifacts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"the artifacts' folder must be writable, got {str(artifacts)!r}: {error.strerror}; "
-            "name another with --artifacts"
-        ) from None
-    if not os.access(artifacts, os.W_OK | os.X_OK):
-        raise StorageError(
-            f"the artifacts' folder must be writable, got {str(artifacts)!r}; "
-            "name another with --artifacts"
-        )

@@ -572,18 +572,22 @@ def test_bounds_searches_goes_on_and_is_read_by_the_others(
 
 def test_bounds_exits_with_1_when_nothing_is_feasible(run: Run, write_plan: WritePlan) -> None:
     # DeepCache never makes exactly the same image.
-    ran = run("bounds", write_plan(budgets='[{ metric = "ssim", max_loss = 0.0 }]'))
+    plan = write_plan(
+        budgets='[{ metric = "ssim", max_loss = 0.0 }]',
+        space="{ cache_interval = [3], cache_branch_id = [0] }",
+    )
+    ran = run("bounds", plan)
     assert ran.code == 1
     assert "none" in ran.out
     assert " over budget" in ran.out
-    assert "stopped: " in ran.err
+    assert "stopped: the one setting is measured" in ran.err
     assert "Traceback" not in ran.err
     exported = run("export")
     assert exported.code == 1
     assert "no entry: nothing feasible in " in exported.err
     (status,) = json.loads(run("status", "--json").out)["studies"]
     assert status["best"] is None
-    assert status["outcomes"].keys() == {"over budget"}
+    assert status["outcomes"] == {"over budget": 1}
     assert "none" in run("status").out
 
 

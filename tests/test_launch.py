@@ -146,7 +146,7 @@ def test_an_interrupt_gives_the_running_trials_back(started: Callable[..., Launc
     began = time.monotonic()
     os.killpg(launch.process.pid, signal.SIGINT)  # to all, as a terminal does
     assert launch.wait() == 130, launch.told()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 20
     assert not Path(f"/proc/{worker.pid}").exists()
     (trial,) = launch.trials
     assert (trial.outcome, trial.reason, trial.lost) == (Outcome.INTERRUPTED, "interrupted", False)

@@ -96,7 +96,7 @@ def test_a_measurement_of_thousands_of_scores_is_kept_whole(mysql: MySql, tmp_pa
 
 def test_two_workers_measure_every_setting_once(mysql: MySql, tmp_path: Path) -> None:
     url = mysql.new_database()
-    crew = Crew(tmp_path, url, pause_s=0.2, plan=PLAN)
+    crew = Crew(tmp_path, url, pause_s=0.8, plan=PLAN)
     for _ in range(2):
         crew.start()
     try:
@@ -110,6 +110,7 @@ def test_two_workers_measure_every_setting_once(mysql: MySql, tmp_path: Path) ->
     finished: Counter[Any] = Counter(trial.setting for trial in study.current)
     assert len(finished) == 24
     assert set(finished.values()) == {1}
+    assert len({trial.worker for trial in study.trials}) == 2
     assert claims.all_claims(engine(open_storage(url))) == ()
     assert "secret" not in crew.logs()
 

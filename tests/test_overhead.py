@@ -29,7 +29,7 @@ def test_a_search_spends_its_time_on_measuring() -> None:
         for line in done.stdout.splitlines()
         if len(cells := line.split("|")) == 5 and "%" in cells[3]
     }
-    assert shares["**everything else**"] < 25  # 0.5 where nothing else runs
+    assert shares["**everything else**"] <= 2
     parts = [value for name, value in shares.items() if not name.startswith(("-", "the study"))]
     assert sum(parts) == pytest.approx(100, abs=0.1)
     assert shares["warming up and timing"] > 10
