@@ -20,7 +20,7 @@ from accelsearch.budget import loss_told
 from accelsearch.codegen import Batch, Status, Task
 from accelsearch.configuration import Configuration
 from accelsearch.doctor import Finding
-from accelsearch.measurement import Environment, ParamValue, score_loss, settings_told
+from accelsearch.measurement import Environment, ParamValue, score_loss, seconds_told, settings_told
 from accelsearch.queries import fastest_feasible, outcomes
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 from accelsearch.study import Found, Progress
@@ -423,7 +423,7 @@ def _baseline(study: StoredStudy) -> str:
         for trial in study.trials
         if trial.measurement is not None
     ]
-    return f"{median(latencies):.3g} s" if latencies else ""
+    return seconds_told(median(latencies)) if latencies else ""
 
 
 def speedup(trial: StoredTrial) -> str:

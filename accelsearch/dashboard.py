@@ -35,10 +35,10 @@ from optuna.trial import FrozenTrial, TrialState
 from accelsearch.budget import loss_told, violation
 from accelsearch.configuration import Budget
 from accelsearch.console import speedup, verification_told
-from accelsearch.errors import DashboardError, StorageError
+from accelsearch.errors import DashboardError, StorageError, TrialError
 from accelsearch.figures import search_time, speedup_against_loss
-from accelsearch.measurement import Scores, score_loss, settings_told
-from accelsearch.queries import fastest_feasible, outcomes, targeted
+from accelsearch.measurement import Scores, score_loss, seconds_told, settings_told
+from accelsearch.queries import fastest_feasible, is_refuted, outcomes, targeted
 from accelsearch.storage import StoredStudy, StoredTrial, Verification, is_ours, read_both
 
 if TYPE_CHECKING:
@@ -294,7 +294,10 @@ def attributes(study: StoredStudy, trial: StoredTrial) -> dict[str, str | int | 
         if interval is not None:
             shown["speedup, 95 % interval"] = f"{interval[0]:.2f} to {interval[1]:.2f}"
         for scores in measurement.scores:
-            name, value = _loss_of(scores)
+            try:
+                name, value = _loss_of(scores)
+            except TrialError:
+                continue  # of a baseline that scores nothing, nothing can be lost
             shown[name] = _rounded(value)
         if measurement.scores:
             images = len(measurement.scores[0].accelerated)
@@ -328,6 +331,8 @@ def result(study: StoredStudy) -> dict[str, str]:
     return {
         "fastest within the budget": "none yet"
         if best is None
+        else f"{speedup(best)}, trial {best.number}, not confirmed on held-out prompts"
+        if is_refuted(study, best)
         else f"{speedup(best)}, trial {best.number}",
         "trials": ", ".join(counted) or "none",
     }
@@ -371,7 +376,12 @@ def note(study: StoredStudy) -> str:
         lines += ["Nothing within the budget yet."]
     else:
         shown = re.sub(r"([\[\]])", r"\\\1", speedup(best))
-        lines += [f"**{shown}** is the fastest within the budget, by trial {best.number}:", ""]
+        kept = (
+            "is not confirmed on held-out prompts, as no other is, and the fastest"
+            if is_refuted(study, best)
+            else "is the fastest within the budget"
+        )
+        lines += [f"**{shown}** {kept}, by trial {best.number}:", ""]
         lines += [f"- {_code(settings_told(best.params))}"]
         losses = ((best.loss(budget), budget) for budget in study.configuration.budgets)
         lines += [f"- {loss_told(loss, budget)}" for loss, budget in losses if loss is not None]
@@ -387,7 +397,7 @@ def note(study: StoredStudy) -> str:
         one.measurement.latency.baseline_median_s for one in study.current if one.measurement
     ]
     if baselines:
-        lines += [f"- baseline latency {median(baselines):.3g} s"]
+        lines += [f"- baseline latency {seconds_told(median(baselines))}"]
     lines += ["", "## Searched", ""]
     lines += [f"- {name}: {_code(told)}" for name, told in facts(study).items()]
     lines += [

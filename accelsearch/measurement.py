@@ -31,6 +31,7 @@ __all__ = [
     "score_losses",
     "scores_from",
     "scores_to",
+    "seconds_told",
     "settings_told",
 ]
 
@@ -211,6 +212,11 @@ class Scores:
         for score in (*(self.baseline or ()), *self.accelerated):
             if not math.isfinite(score):
                 raise ValueError(f"a score must be finite, got {score!r}")
+
+
+def seconds_told(value: float) -> str:
+    """Seconds to three digits, or whole ones: `0.317 s`, `1234 s`."""
+    return f"{value:.0f} s" if value >= 99.95 else f"{value:.3g} s"
 
 
 def settings_told(params: Mapping[str, ParamValue]) -> str:

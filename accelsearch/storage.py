@@ -72,6 +72,7 @@ __all__ = [
     "read_siblings",
     "read_studies",
     "read_study",
+    "readable_studies",
     "record",
     "record_request",
     "record_verification",
@@ -154,10 +155,13 @@ class StoredTrial:
         return None if self.measurement is None else self.measurement.latency.speedup
 
     def loss(self, budget: Budget) -> float | None:
-        """The score loss of this budget's metric; None where it was not scored."""
+        """The score loss of this budget's metric; None where it was not scored, or has no scale."""
         for scores in self.measurement.scores if self.measurement else ():
             if scores.metric == budget.metric:
-                return score_loss(scores, budget.floor_db)
+                try:
+                    return score_loss(scores, budget.floor_db)
+                except TrialError:
+                    return None  # of a baseline that scores nothing, nothing can be lost
         return None
 
     def judgement(self, configuration: Configuration) -> Judgement | None:
@@ -636,6 +640,11 @@ def read_studies(
         )
         for name in wanted
     )
+
+
+def readable_studies(storage: BaseStorage) -> tuple[StoredStudy, ...]:
+    """The studies that accelsearch made and this version can read."""
+    return tuple(_readable(storage, lambda _: True))
 
 
 def read_parts(storage: BaseStorage, configuration: Configuration) -> tuple[StoredStudy, ...]:

@@ -22,8 +22,9 @@ from stored import ENVIRONMENT, add_trial, configured, measured, new_database
 
 from accelsearch.cli import main
 from accelsearch.configuration import Budget, Plan, SearchSettings, load_plan
+from accelsearch.dashboard import attributes, note, result
 from accelsearch.errors import ExportError, StorageError
-from accelsearch.measurement import Latency, Measurement, ParamValue, Scores
+from accelsearch.measurement import Latency, Measurement, ParamValue, Scores, seconds_told
 from accelsearch.pictures import Pair
 from accelsearch.report import report_to
 from accelsearch.report.findings import (
@@ -72,6 +73,10 @@ def add(study: optuna.Study, measurement: Measurement, outcome: Outcome = Outcom
     return trial.number
 
 
+def no_pairs(study: StoredStudy, trial: StoredTrial) -> tuple[Pair, ...]:
+    return ()
+
+
 # The summary
 
 
@@ -90,6 +95,56 @@ def test_where_nothing_is_feasible_the_summary_says_so(database: BaseStorage) ->
     study = opened(database)
     add_trial(study, 3.0, 0.05)
     assert summary([read_study(study)]).startswith("No setting of 1 configuration")
+
+
+def test_where_nothing_is_scored_nothing_is_advised(database: BaseStorage) -> None:
+    study = opened(database)
+    assert summary([read_study(study)]) == "Nothing of 1 configuration has been scored yet."
+    add(study, replace(measured(), scores=()), Outcome.DOMINATED)
+    assert summary([read_study(study)]) == "Nothing of 1 configuration has been scored yet."
+
+
+def test_what_held_out_prompts_refuted_is_not_said_to_be_within_the_budget(
+    database: BaseStorage,
+) -> None:
+    study = opened(database)
+    number = add_trial(study, 2.3, 0.01)
+    told = markdown([read_study(study)], [])
+    assert told.startswith("# 2.30 times as fast within the budget\n")
+    record_verification(study, number, 0, [Scores("clip_score", (100.0,) * 500, (70.0,) * 500)])
+    refuted = read_study(study)
+    assert markdown([refuted], []).startswith(
+        "# 2.30 times as fast, not confirmed on held-out prompts\n"
+    )
+    page = html_page([refuted], [refuted], no_pairs)
+    assert "times as fast within the budget" not in page
+    assert note(refuted).count("not confirmed on held-out prompts") == 1
+    assert "is the fastest within the budget" not in note(refuted)
+    assert result(refuted)["fastest within the budget"].endswith(
+        "not confirmed on held-out prompts"
+    )
+
+
+def test_a_baseline_that_scores_nothing_leaves_a_trial_without_a_loss(
+    database: BaseStorage,
+) -> None:
+    study = opened(database)
+    zero = Scores("clip_score", (0.0, 0.0), (1.0, 0.0))
+    add(study, replace(measured(), scores=(zero,)), Outcome.DOMINATED)
+    add_trial(study, 2.0, 0.01)
+    stored = read_study(study)
+    assert stored.trials[0].loss(stored.configuration.budgets[0]) is None
+    assert "2.00 times as fast" in html_page([stored], [stored], no_pairs)
+    assert csv_table([stored])
+    assert not any("loss" in name for name in attributes(stored, stored.trials[0]))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.317, "0.317 s"), (99.96, "100 s"), (1234.5, "1234 s"), (0.99961, "1 s")],
+)
+def test_seconds_are_told_without_powers_of_ten(seconds: float, told: str) -> None:
+    assert seconds_told(seconds) == told
 
 
 # Just fewer steps
@@ -164,6 +219,34 @@ def test_the_loss_of_fewer_steps_is_left_open_for_other_metrics(database: BaseSt
     assert (found.loss, found.kept) == (None, None)
 
 
+def test_fewer_steps_keep_no_budget_that_nobody_measured(database: BaseStorage) -> None:
+    budgets = (Budget(metric="clip_score", max_loss=0.02), Budget(metric="ssim", max_loss=0.3))
+    study, some, few = (opened(database, steps=steps, budgets=budgets) for steps in (50, 25, 10))
+    ssim = Scores("ssim", None, (0.9, 0.9))
+    for one, scores in ((study, (30.0, 34.0)), (some, (30.0, 34.0)), (few, (20.0, 30.0))):
+        clip = timed(2.0, 2.0, scores, 0.01)
+        add(one, replace(clip, scores=(*clip.scores, ssim)))
+    everything = read_studies(database)
+    found = fewer_steps(everything[0], everything)
+    assert [one.kept for one in found] == [None, False]
+    told = fewer_steps_told(everything[0], found)
+    assert told[0].endswith("the other budgets were not measured")
+    assert told[1].endswith("over budget")
+
+
+def test_steps_that_are_as_fast_are_not_called_faster(database: BaseStorage) -> None:
+    fifty, some, few = (opened(database, steps=steps) for steps in (50, 25, 20))
+    for study, latency_s in ((fifty, 2.0), (some, 1.0)):
+        add(study, timed(latency_s, 2.0, (30.0, 34.0), 0.01))
+    everything = read_studies(database)[:2]
+    told = fewer_steps_told(everything[0], fewer_steps(everything[0], everything))
+    assert told[1] == "Acceleration is 1.00 times as fast as the best of these within the budget"
+    add(few, timed(0.5, 1.5, (30.0, 34.0), 0.01))
+    everything = read_studies(database)
+    told = fewer_steps_told(everything[0], fewer_steps(everything[0], everything))
+    assert "Just 20 steps are faster than any accelerated setting that keeps it" in told
+
+
 # Methods
 
 
@@ -228,11 +311,23 @@ def test_sureness_tells_intervals_prompts_and_verification(database: BaseStorage
     told = dict(sureness(read_study(study), read_study(study).trials[number]))
     assert told["Speedup"] == "2.50x from 6 pairs of calls, 95 % interval 2.50 to 2.50"
     assert told["Loss, clip_score"] == "clip_score loss 1 % of 2 %, all 2 prompts of the search"
-    assert told["Verification"].startswith("none: set held_out_images")
+    assert told["Budget"].startswith("kept in the mean over these prompts")
+    assert told["Verification"].startswith("none so far: set held_out_images")
     record_verification(study, number, 0, [Scores("clip_score", (100.0,) * 500, (99.9,) * 500)])
     told = dict(sureness(read_study(study), read_study(study).trials[number]))
     assert told["Verification"].startswith("confirmed by 500 held-out prompts and seeds")
     assert "clip_score loss 0.1 % of 2 %, interval" in told["Verification"]
+
+
+def test_before_all_prompts_are_scored_the_promise_is_for_them_alone(database: BaseStorage) -> None:
+    prompts = tuple(f"prompt {number}" for number in range(64))
+    study = opened(database, prompts=prompts, budgets=(Budget(metric="ssim", max_loss=0.5),))
+    for seen, whose in ((63, "the mean of the search's 64 prompts"), (64, "prompts of this kind")):
+        ssim = Scores("ssim", None, (0.99,) * seen)
+        number = add(study, replace(measured(), scores=(ssim,)))
+        stored = read_study(study)
+        told = dict(sureness(stored, stored.trials[number]))
+        assert told["Budget"] == f"kept, at 95% confidence for {whose}"
 
 
 # Doing it again
@@ -442,3 +537,16 @@ def test_the_command_writes_the_studies_that_are_named(
     text = (tmp_path / "r.csv").read_text()
     assert first.study_name in text
     assert second.study_name not in text
+
+
+def test_a_study_that_cannot_be_read_does_not_keep_the_others_from_their_report(
+    database: BaseStorage, tmp_path: Path
+) -> None:
+    good, other = opened(database), opened(database, steps=25)
+    add_trial(good)
+    other.set_user_attr("configuration", {"of": "another version"})
+    out = tmp_path / "r.csv"
+    (told,) = report_to(out, database, artifacts=tmp_path, names=[good.study_name])
+    assert told.name == good.study_name
+    with pytest.raises(StorageError, match="cannot read"):
+        report_to(out, database, artifacts=tmp_path)

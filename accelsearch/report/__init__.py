@@ -13,7 +13,7 @@ from accelsearch.pictures import Pair, kept_pairs
 from accelsearch.report.pages import html_page, markdown
 from accelsearch.report.picture import png_picture
 from accelsearch.report.table import csv_table
-from accelsearch.storage import StoredStudy, StoredTrial, read_studies
+from accelsearch.storage import StoredStudy, StoredTrial, read_studies, readable_studies
 
 __all__ = ["FORMATS", "format_of", "report_to"]
 
@@ -37,8 +37,9 @@ def report_to(
         ExportError: there is no study at all, the format is unknown, or the file cannot be written.
     """
     kind = kind or format_of(out)
-    everything = read_studies(storage)
-    studies = everything if not names else read_studies(storage, names)
+    studies = read_studies(storage, names or None)
+    # Others tell what fewer steps come to, if this version can read them.
+    everything = readable_studies(storage) if names else studies
     if not studies:
         raise ExportError(
             "there must be a study to report on, found none; run `accelsearch bounds`"

@@ -98,6 +98,9 @@ def summary(studies: Sequence[StoredStudy]) -> str:
     """The answer in one or two sentences."""
     best = [(trial, study) for study in studies if (trial := fastest_feasible(study))]
     searched = "1 configuration" if len(studies) == 1 else f"{len(studies)} configurations"
+    scored = any(one.measurement and one.measurement.scores for s in studies for one in s.trials)
+    if not scored:
+        return f"Nothing of {searched} has been scored yet."
     if not best:
         return (
             f"No setting of {searched} that was measured keeps its budget: "
@@ -147,11 +150,13 @@ def fewer_steps(study: StoredStudy, studies: Iterable[StoredStudy]) -> list[Fewe
             continue
         loss = None
         scores = _baseline_scores(other)
-        if budget.metric == "clip_score" and own_scores and scores:
+        if budget.metric == "clip_score" and own_scores and sum(own_scores) > 0 and scores:
             seen = min(len(own_scores), len(scores))
             if seen == study.configuration.images:
                 loss = score_loss(Scores("clip_score", own_scores[:seen], scores[:seen]))
         kept = None if loss is None else within(loss, budget.max_loss)
+        if kept and len(study.configuration.budgets) > 1:
+            kept = None  # nobody measured the others
         known = found.get(steps)
         if known is None or (known.loss is None and loss is not None):
             found[steps] = FewerSteps(steps, own_s / other_s, loss, kept)
@@ -161,12 +166,13 @@ def fewer_steps(study: StoredStudy, studies: Iterable[StoredStudy]) -> list[Fewe
 def fewer_steps_told(study: StoredStudy, found: Sequence[FewerSteps]) -> list[str]:
     """The bound beside just fewer steps, in sentences; estimates are called so."""
     best, budget = fastest_feasible(study), study.configuration.budgets[0]
+    verdicts = {True: "kept", False: "over budget", None: "the other budgets were not measured"}
     told = [
         f"{one.steps} steps without acceleration: {one.speedup:.2f}x, "
         + (
             "its loss was not measured"
             if one.loss is None
-            else f"{loss_told(one.loss, budget)}, {'kept' if one.kept else 'over budget'}"
+            else f"{loss_told(one.loss, budget)}, {verdicts[one.kept]}"
         )
         for one in found
     ]
@@ -178,8 +184,8 @@ def fewer_steps_told(study: StoredStudy, found: Sequence[FewerSteps]) -> list[st
         ahead = best.speedup / fastest.speedup
         told.append(
             f"Acceleration is {ahead:.2f} times as fast as the best of these within the budget"
-            if ahead > 1
-            else f"Just {fastest.steps} steps are faster than any accelerated setting here"
+            if ahead >= 1
+            else f"Just {fastest.steps} steps are faster than any accelerated setting that keeps it"
         )
     most = floor(study.configuration.steps / best.speedup)
     if best.speedup > 1 and most >= 1 and not any(one.steps <= most for one in found):
@@ -321,10 +327,17 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
         )
         told.append((f"Loss, {budget.metric}", f"{loss_told(loss, budget)}, {known}"))
     if judgement is not None:
+        scored = len(measurement.scores[0].accelerated)
+        # Before all are scored, it is their own mean that is tested.
+        whose = (
+            "prompts of this kind"
+            if scored >= configuration.images
+            else f"the mean of the search's {configuration.images} prompts"
+        )
         told.append(
             (
                 "Budget",
-                f"kept, at {1 - ALPHA:.0%} confidence for prompts of this kind"
+                f"kept, at {1 - ALPHA:.0%} confidence for {whose}"
                 if judgement.proven
                 else "kept in the mean over these prompts, which are too few, or it is too close, "
                 "to promise it for others of their kind",
@@ -337,7 +350,8 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 "Verification",
                 "other trials were tried on the held-out prompts, and this one was not"
                 if study.verifications
-                else "none: set held_out_images in the plan, and run accelsearch bounds again",
+                else "none so far: set held_out_images in the plan, and run accelsearch bounds to "
+                "its end",
             )
         )
     elif verification.judgement is None:

@@ -20,9 +20,9 @@ from PIL import Image
 
 from accelsearch import __version__, figures
 from accelsearch.budget import loss_told
-from accelsearch.measurement import Environment, score_loss, settings_told
+from accelsearch.measurement import Environment, score_loss, seconds_told, settings_told
 from accelsearch.pictures import AMPLIFIED, Pair
-from accelsearch.queries import fastest_feasible, outcomes
+from accelsearch.queries import fastest_feasible, is_refuted, outcomes
 from accelsearch.report import findings
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
@@ -140,6 +140,8 @@ def _told(studies: Sequence[StoredStudy], stored: Iterable[StoredStudy]) -> dict
     return {
         "title": "Nothing keeps its budget yet"
         if top is None
+        else f"{top[0].speedup:.2f} times as fast, not confirmed on held-out prompts"
+        if is_refuted(top[1], top[0])
         else f"{top[0].speedup:.2f} times as fast within the budget",
         "summary": findings.summary(studies),
         "devices": ", ".join(devices),
@@ -221,17 +223,19 @@ def _loss(told: str, metric: str) -> tuple[str, str]:
 def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, str]:
     found = study.verification(trial)
     if found is None:
-        return (
-            {"word": "not tried", "told": "the plan reserves none", "mood": ""}
-            if (not study.verifications)
-            else {"word": "not tried", "told": "other trials were", "mood": ""}
-        )
+        told = "other trials were" if study.verifications else "nor was any other trial"
+        return {"word": "not tried", "told": told, "mood": ""}
     if found.failure is not None:
         return {"word": "not confirmed", "told": found.failure, "mood": "bad"}
-    budget = study.configuration.budgets[0]
-    scores = next(one for one in found.scores if one.metric == budget.metric)
-    value, _ = _loss(loss_told(score_loss(scores, budget.floor_db), budget), budget.metric)
-    told = f"{value} on {len(scores.accelerated)} prompts"
+    by_metric = {one.metric: one for one in found.scores}
+    values = [
+        _loss(
+            loss_told(score_loss(by_metric[one.metric], one.floor_db), one),
+            one.metric,
+        )[0]
+        for one in study.configuration.budgets
+    ]
+    told = f"{', '.join(values)} on {len(found.scores[0].accelerated)} prompts"
     if found.verified:
         return {"word": "verified", "told": told, "mood": "good"}
     return {"word": "not confirmed", "told": told, "mood": "bad"}
@@ -302,7 +306,7 @@ def _plain(figure: Any) -> dict[str, Any]:
 
 
 def _seconds(value: float) -> str:
-    return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+    return f"{1000 * value:.3g} ms" if value < 0.9995 else seconds_told(value)
 
 
 def _cell(text: str) -> str:
