@@ -776,9 +776,9 @@ def test_pages_show_what_the_database_holds_while_trials_are_written(
 
         assert "budget 2 %" in text
         assert "Best feasible speedup so far" in text
-        drawn = pages.page.evaluate(
-            "document.getElementById('user-defined-plot:speedup-against-loss').data"
-        )
+        drawn = pages.page.wait_for_function(
+            "document.getElementById('user-defined-plot:speedup-against-loss')?.data"
+        ).json_value()
         (feasible,) = [trace for trace in drawn if trace.get("name") == "feasible"]
         kept = [one for one in stored.trials if one.outcome is Outcome.FEASIBLE]
         assert feasible["y"] == [one.speedup for one in kept]
@@ -787,9 +787,13 @@ def test_pages_show_what_the_database_holds_while_trials_are_written(
         )
         plots = pages.page.locator("[id^='user-defined-plot:']")
         assert plots.count() == 2
-        for plot in (plots.nth(0), plots.nth(1)):
-            inner = plot.locator("svg.main-svg").first.bounding_box()
-            assert inner["height"] <= plot.bounding_box()["height"], "nothing hangs over"
+        # Nothing hangs over, once both are drawn: they are drawn anew for every trial.
+        pages.page.wait_for_function(
+            """[...document.querySelectorAll("[id^='user-defined-plot:']")].every((plot) => {
+                const drawn = plot.querySelector("svg.main-svg");
+                return drawn && drawn.clientHeight <= plot.clientHeight;
+            })"""
+        )
 
         pages.open("/dashboard/studies/1/analytics", "Hyperparameter Relationships")
         pages.page.locator(".plotly .scatterlayer path.point").first.wait_for()
