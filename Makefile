@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-sequential bench-scaling bench-full-size \
+.PHONY: help demo test test-slow lint bench bench-sequential bench-winner bench-scaling bench-full-size \
   bench-record bench-replay bench-report bench-scripts bench-overhead dashboard docs docs-serve \
   docs-figures docs-reference postgres postgres-stop clean
 
@@ -60,6 +60,9 @@ bench-overhead: $(VENV)/installed ## Measure what a search of the bundled model 
 
 bench-sequential: $(VENV)/installed ## Simulate the test of the budgets: its error rates, and the prompts it takes
 	$(BIN)/python benchmarks/sequential.py
+
+bench-winner: $(VENV)/installed ## Simulate the interval of the fastest setting, which its own pairs chose
+	$(BIN)/python benchmarks/winner.py
 
 bench-full-size: $(VENV)/installed ## Measure the methods on full-size architectures: 18 minutes on one large GPU
 	$(BIN)/python benchmarks/full_size.py --pipeline StableDiffusionPipeline --profile --bundled --minutes 8

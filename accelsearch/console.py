@@ -47,12 +47,12 @@ _PRUNED = (Outcome.OVER_BUDGET, Outcome.DOMINATED, Outcome.TOO_SLOW, Outcome.FAI
 def progress_on(console: Console, worker: str | None = None) -> Iterator[Progress]:
     """The progress display that suits where `console` writes to; gone at the exit, however made.
 
-    With the name of a `worker`, plain lines tell of its own trials alone.
+    With the name of a `worker`, its own trials alone are told.
     """
     if not console.is_terminal:
         yield PlainProgress(console, worker)
         return
-    live = LiveProgress(console)
+    live = LiveProgress(console, worker)
     try:
         yield live
     finally:
@@ -84,6 +84,14 @@ def _ended(study: StoredStudy) -> list[StoredTrial]:
     return [trial for trial in study.trials if trial.outcome is not Outcome.RUNNING]
 
 
+def _news(study: StoredStudy, known: set[int], worker: str | None) -> list[StoredTrial]:
+    """The measured trials, of one worker or all, that have ended since; `known` learns of all."""
+    ended = [trial for trial in _ended(study) if trial.number not in known]
+    known.update(trial.number for trial in ended)
+    ours = [trial for trial in ended if worker in (None, trial.worker)]
+    return [trial for trial in ours if trial.reused_from is None]
+
+
 def _warning(trial: StoredTrial) -> str:
     if trial.measurement is None:
         return ""
@@ -113,11 +121,8 @@ class PlainProgress:
 
     def trial_finished(self, study: StoredStudy) -> None:
         limit = study.configuration.search.trials
-        for trial in _ended(study):
-            ours = self._worker in (None, trial.worker)
-            if ours and trial.reused_from is None and trial.number not in self._told:
-                self._print(f"  trial {trial.number} (limit {limit})  {told(trial)}")
-            self._told.add(trial.number)
+        for trial in _news(study, self._told, self._worker):
+            self._print(f"  trial {trial.number} (limit {limit})  {told(trial)}")
 
     def verified(self, study: StoredStudy, verification: Verification) -> None:
         self._print(f"  trial {verification.trial}: {verification_told(study, verification)}")
@@ -135,8 +140,12 @@ class PlainProgress:
 class LiveProgress:
     """A view that is redrawn in place: trials done, the best so far, what was pruned, time left."""
 
-    def __init__(self, console: Console, *, hosted: bool = False) -> None:
+    def __init__(
+        self, console: Console, worker: str | None = None, *, hosted: bool = False
+    ) -> None:
         self._console = console
+        self._worker = worker
+        self._told: set[int] = set()
         self._hosted = hosted  # in another's view, which draws ours
         self._live: Live | None = None
         self._study: StoredStudy | None = None
@@ -149,6 +158,7 @@ class LiveProgress:
 
     def study_started(self, study: StoredStudy, environment: Environment) -> None:
         self._study, self._trials_s = study, []
+        self._told = {trial.number for trial in _ended(study)}
         self._study_began = time.monotonic()
         self._console.print(Text.assemble((study.name, "bold"), f" on {environment.device}"))
         if not self._hosted:
@@ -168,10 +178,10 @@ class LiveProgress:
 
     def trial_finished(self, study: StoredStudy) -> None:
         self._study = study
-        # Others may wait behind it.
-        trial = _ended(study)[-1]
-        if trial.reused_from is None:
+        news = _news(study, self._told, self._worker)
+        if news:
             self._trials_s.append(time.monotonic() - self._began)
+        for trial in news:
             style = "green" if trial.outcome is Outcome.FEASIBLE else "dim"
             self._console.print(Text(f"  {told(trial)}", style))
 

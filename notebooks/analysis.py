@@ -25,8 +25,9 @@ from pathlib import Path
 import plotly.io
 
 from accelsearch import figures
-from accelsearch.contract import within
-from accelsearch.queries import fastest_feasible, outcomes, pareto_front
+from accelsearch.budget import Verdict
+from accelsearch.judging import judge
+from accelsearch.queries import fastest_feasible, is_refuted, outcomes
 from accelsearch.report import findings
 from accelsearch.storage import open_storage, read_studies
 
@@ -134,21 +135,28 @@ figures.search_time(study).show()
 # may buy more than this says.
 
 # %%
-front = pareto_front(study)
+
+
+def fastest_within(changed):
+    """The fastest measured setting that keeps all budgets, of which the first is changed."""
+    budgets = (changed, *configuration.budgets[1:])
+    kept = []
+    for one in study.current:
+        if one.measurement is None or not one.measurement.scores or is_refuted(study, one):
+            continue
+        judgement = judge(one.measurement.scores, budgets, configuration.images)
+        if judgement is not None and judgement.verdict is Verdict.WITHIN:
+            kept.append(one)
+    return max(kept, key=lambda one: one.speedup, default=None)
+
+
 if budget.floor_db is None:
-    for factor in (0.5, 1.0, 1.5, 2.0, 3.0):
-        allowed = budget.max_loss * factor
-        kept = [one for one in front if within(one.loss(budget), allowed)]
-        if kept:
-            fastest = max(kept, key=lambda one: one.speedup)
-            print(f"{budget.metric} loss under {allowed:g}: {fastest.speedup:.2f}x")
-        else:
-            print(f"{budget.metric} loss under {allowed:g}: nothing measured")
+    values = [budget.max_loss * factor for factor in (0.5, 1.0, 1.5, 2.0, 3.0)]
+    key, what = "max_loss", f"{budget.metric} loss under {{:g}}"
 else:
-    for floor_db in (budget.floor_db + change for change in (2.0, 0.0, -2.0, -4.0)):
-        other = budget.model_copy(update={"floor_db": floor_db})
-        kept = [one for one in front if within(one.loss(other), 0)]
-        if kept:
-            print(f"PSNR of {floor_db:g} dB: {max(one.speedup for one in kept):.2f}x")
-        else:
-            print(f"PSNR of {floor_db:g} dB: nothing measured")
+    values = [budget.floor_db + change for change in (2.0, 0.0, -2.0, -4.0)]
+    key, what = "floor_db", "PSNR of {:g} dB"
+for value in values:
+    found = fastest_within(budget.model_copy(update={key: value}))
+    speedup = "nothing measured" if found is None else f"{found.speedup:.2f}x"
+    print(f"{what.format(value)}: {speedup}")

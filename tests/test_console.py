@@ -218,6 +218,17 @@ def test_one_live_view_can_follow_another(make_study: MakeStudy) -> None:
     assert shown(console).count("stopped: the limit of 1 trials") == 2
 
 
+def test_on_a_terminal_a_worker_tells_of_its_own_trials(make_study: MakeStudy) -> None:
+    console = terminal()
+    ours = replace(FEASIBLE, worker="a/gpu0")
+    with progress_on(console, "a/gpu0") as progress:
+        progress.study_started(make_study(), ENVIRONMENT)
+        progress.trial_started({})
+        progress.trial_finished(make_study(ours, replace(OVER, worker="a/gpu1")))
+    assert told(FEASIBLE) in shown(console)
+    assert told(OVER) not in shown(console)
+
+
 @pytest.mark.parametrize(("timeout_s", "left"), [(None, "3:20 left"), (100.0, "1:20 left")])
 def test_the_time_left_is_that_of_measured_trials_or_of_the_limit(
     make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch, timeout_s: float | None, left: str
