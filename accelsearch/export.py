@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +98,8 @@ def export(
     for study, trial in found:
         png = pictures.kept_picture(artifacts, storage, study.name, trial.number)
         if png is not None:
-            kept_pictures.append(_write(out / f"{study.name}.png", png))
+            kept_pictures.append(out / f"{study.name}.png")
+            contract.write_bytes(kept_pictures[-1], png)
     missing = tuple(name for name, trial in best.items() if trial is None)
     unbounded = tuple(study.name for study, _ in found if not bounded(study))
     return Exported(*files, tuple(kept_pictures), len(found), missing, unbounded)
@@ -290,15 +290,3 @@ def _unverified(study: StoredStudy, verification: Verification | None) -> str:
     if study.verifications:
         return "other trials were tried on the held-out prompts, and this one was not"
     return "it was not tried on held-out prompts, which the plan's held_out_images reserves"
-
-
-def _write(file: Path, data: bytes) -> Path:
-    """Replace a file in one step."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ExportError(f"{file} must be writable: {error.strerror}") from None
-    return file

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from accelsearch.measurement import ParamValue
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
 __all__ = [
@@ -105,8 +104,8 @@ def outcomes(study: StoredStudy) -> Counter[Outcome]:
     """How many settings ended how, and how many are being measured."""
     # One whose worker was lost while it resumed another does not say so, and both are here: what
     # was found of a setting counts, and not that a worker was lost at it as well.
-    found = {_setting(trial) for trial in study.current if not trial.lost and _is_over(trial)}
-    lost = {_setting(trial): trial for trial in study.current if trial.lost}
+    found = {trial.setting for trial in study.current if not trial.lost and _is_over(trial)}
+    lost = {trial.setting: trial for trial in study.current if trial.lost}
     counted = [trial for trial in study.current if not trial.lost]
     counted += [trial for setting, trial in lost.items() if setting not in found]
     return Counter(trial.outcome for trial in counted)
@@ -114,10 +113,6 @@ def outcomes(study: StoredStudy) -> Counter[Outcome]:
 
 def _is_over(trial: StoredTrial) -> bool:
     return trial.outcome not in (Outcome.RUNNING, Outcome.INTERRUPTED)
-
-
-def _setting(trial: StoredTrial) -> tuple[tuple[str, ParamValue], ...]:
-    return tuple(sorted(trial.params.items()))
 
 
 def _speedup(trial: StoredTrial) -> float:

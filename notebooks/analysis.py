@@ -135,6 +135,12 @@ figures.search_time(study).show()
 # may buy more than this says.
 
 # %%
+if budget.floor_db is None:
+    values = [budget.max_loss * factor for factor in (0.5, 1.0, 1.5, 2.0, 3.0)]
+    key, what = "max_loss", f"{budget.metric} loss under {{:g}}"
+else:
+    values = [budget.floor_db + change for change in (2.0, 0.0, -2.0, -4.0)]
+    key, what = "floor_db", "PSNR of {:g} dB"
 
 
 def fastest_within(changed):
@@ -150,12 +156,6 @@ def fastest_within(changed):
     return max(kept, key=lambda one: one.speedup, default=None)
 
 
-if budget.floor_db is None:
-    values = [budget.max_loss * factor for factor in (0.5, 1.0, 1.5, 2.0, 3.0)]
-    key, what = "max_loss", f"{budget.metric} loss under {{:g}}"
-else:
-    values = [budget.floor_db + change for change in (2.0, 0.0, -2.0, -4.0)]
-    key, what = "floor_db", "PSNR of {:g} dB"
 for value in values:
     found = fastest_within(budget.model_copy(update={key: value}))
     speedup = "nothing measured" if found is None else f"{found.speedup:.2f}x"

@@ -582,13 +582,14 @@ def test_a_picture_that_cannot_be_written_is_told_and_leaves_the_old_one(
     (picture,) = exported(database, out).pictures
     before = picture.read_bytes()
     names = {file.name for file in out.iterdir()}
-    written = Path.write_bytes
+    replaced = Path.replace
 
-    def full(file: Path, data: bytes) -> int:
-        written(file, data[:10])
-        raise OSError(28, "No space left on device")
+    def full(file: Path, target: Path) -> Path:
+        if target.suffix == ".png":
+            raise OSError(28, "No space left on device")
+        return replaced(file, target)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(ExportError, match="No space left on device"):
         exported(database, out)
     assert picture.read_bytes() == before
