@@ -20,8 +20,8 @@ from accelsearch.budget import loss_told
 from accelsearch.codegen import Batch, Status, Task
 from accelsearch.configuration import Configuration
 from accelsearch.doctor import Finding
-from accelsearch.measurement import Environment, ParamValue, score_loss, seconds_told, settings_told
-from accelsearch.queries import fastest_feasible, outcomes
+from accelsearch.measurement import Environment, ParamValue, seconds_told, settings_told
+from accelsearch.queries import fastest_feasible, outcomes, verification_told
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 from accelsearch.study import Found, Progress
 
@@ -37,7 +37,6 @@ __all__ = [
     "stages_on",
     "targets_table",
     "told",
-    "verification_told",
 ]
 
 _PRUNED = (Outcome.OVER_BUDGET, Outcome.DOMINATED, Outcome.TOO_SLOW, Outcome.FAILED)
@@ -64,20 +63,6 @@ def told(trial: StoredTrial) -> str:
     speed = "" if trial.speedup is None else f"{trial.speedup:.2f}x{_warning(trial)}  "
     earlier = "" if trial.resumes is None else f", trial {trial.resumes} measured further"
     return f"{speed}{settings_told(trial.params)}{earlier}: {trial.outcome.value} ({trial.reason})"
-
-
-def verification_told(study: StoredStudy, verification: Verification) -> str:
-    """What held-out prompts say of a trial: whether they verify it, and its loss on them."""
-    if verification.failure is not None:
-        return f"not verified, since it failed on the held-out prompts: {verification.failure}"
-    budgets = study.configuration.budgets
-    by_metric = {one.metric: one for one in verification.scores}
-    losses = ", ".join(
-        loss_told(score_loss(by_metric[one.metric], one.floor_db), one) for one in budgets
-    )
-    count = len(verification.scores[0].accelerated)
-    verdict = "verified" if verification.verified else "not verified"
-    return f"{verdict} on {count} held-out prompts ({losses})"
 
 
 def _ended(study: StoredStudy) -> list[StoredTrial]:

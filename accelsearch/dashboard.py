@@ -34,11 +34,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from accelsearch.budget import loss_told, violation
 from accelsearch.configuration import Budget
-from accelsearch.console import speedup, verification_told
+from accelsearch.console import speedup
 from accelsearch.errors import DashboardError, StorageError, TrialError
 from accelsearch.figures import search_time, speedup_against_loss
 from accelsearch.measurement import Scores, score_loss, seconds_told, settings_told
-from accelsearch.queries import fastest_feasible, is_refuted, outcomes, targeted
+from accelsearch.queries import fastest_feasible, is_refuted, outcomes, targeted, verification_told
 from accelsearch.storage import StoredStudy, StoredTrial, Verification, is_ours, read_both
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ def result(study: StoredStudy) -> dict[str, str]:
     return {
         "fastest within the budget": "none yet"
         if best is None
-        else f"{speedup(best)}, trial {best.number}, not confirmed on held-out prompts"
+        else f"{speedup(best)}, trial {best.number}, not verified on held-out prompts"
         if is_refuted(study, best)
         else f"{speedup(best)}, trial {best.number}",
         "trials": ", ".join(counted) or "none",
@@ -377,7 +377,7 @@ def note(study: StoredStudy) -> str:
     else:
         shown = re.sub(r"([\[\]])", r"\\\1", speedup(best))
         kept = (
-            "is not confirmed on held-out prompts, as no other is, and the fastest"
+            "is not verified on held-out prompts, as no other is, and the fastest"
             if is_refuted(study, best)
             else "is the fastest within the budget"
         )

@@ -14,7 +14,14 @@ from accelsearch.budget import candidate_alpha
 from accelsearch.contract import Key, buffered
 from accelsearch.errors import ExportError
 from accelsearch.measurement import score_loss
-from accelsearch.queries import bounded, exhausted, fastest_feasible, feasible_trials, targeted
+from accelsearch.queries import (
+    bounded,
+    exhausted,
+    fastest_feasible,
+    feasible_trials,
+    targeted,
+    verification_told,
+)
 from accelsearch.storage import StoredStudy, StoredTrial, Verification, read_studies
 
 __all__ = ["BOUNDS", "PARAMS", "Exported", "export"]
@@ -270,7 +277,7 @@ def _verification(study: StoredStudy, verification: Verification | None) -> dict
         return None
     by_metric = {one.metric: one for one in verification.scores}
     return {
-        "images": len(verification.scores[0].accelerated),
+        "images": verification.images,
         "losses": {
             budget.metric: score_loss(by_metric[budget.metric], budget.floor_db)
             for budget in study.configuration.budgets
@@ -283,10 +290,8 @@ def _verification(study: StoredStudy, verification: Verification | None) -> dict
 
 
 def _unverified(study: StoredStudy, verification: Verification | None) -> str:
-    if verification is not None and verification.failure is not None:
-        return f"it failed on the held-out prompts: {verification.failure}"
     if verification is not None:
-        return "the held-out prompts do not confirm it"
+        return verification_told(study, verification)
     if study.verifications:
         return "other trials were tried on the held-out prompts, and this one was not"
     return "it was not tried on held-out prompts, which the plan's held_out_images reserves"

@@ -21,8 +21,8 @@ from plotly.subplots import make_subplots
 
 from accelsearch.budget import interval_told, loss_told
 from accelsearch.configuration import Budget
-from accelsearch.measurement import ParamValue, score_loss, settings_told
-from accelsearch.queries import fastest_feasible, is_refuted, pareto_front
+from accelsearch.measurement import ParamValue, settings_told
+from accelsearch.queries import fastest_feasible, is_refuted, pareto_front, verification_told
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
 __all__ = [
@@ -189,7 +189,7 @@ def speedup_against_loss(study: StoredStudy) -> go.Figure:
     tried = [one for one in scored if study.verification(one) is not None]
     for name, colour, refuted in (
         ("verified on held-out prompts", _GREEN, False),
-        ("not confirmed on held-out prompts", _WARM, True),
+        ("not verified on held-out prompts", _WARM, True),
     ):
         ringed = [one for one in tried if is_refuted(study, one) is refuted]
         if ringed:
@@ -564,16 +564,8 @@ def _hover(study: StoredStudy, trial: StoredTrial) -> str:
     lines += _wrapped(settings_told(trial.params))
     lines += _wrapped(trial.reason)
     verification = study.verification(trial)
-    if verification is not None and verification.failure is not None:
-        lines += _wrapped(f"not confirmed: on held-out prompts it failed, {verification.failure}")
-    elif verification is not None:
-        by_metric = {one.metric: one for one in verification.scores}
-        losses = ", ".join(
-            loss_told(score_loss(by_metric[one.metric], one.floor_db), one)
-            for one in configuration.budgets
-        )
-        verdict = "verified" if verification.verified else "not confirmed"
-        lines.append(f"{verdict} on held-out prompts: {losses}")
+    if verification is not None:
+        lines += _wrapped(verification_told(study, verification))
     return "<br>".join(lines)
 
 

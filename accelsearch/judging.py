@@ -11,7 +11,7 @@ from accelsearch.errors import PlanError
 from accelsearch.measurement import Scores, score_losses
 from accelsearch.quality import METRICS, PSNR_CAP_DB
 
-__all__ = ["FIRST_LOOK", "check_held_out", "judge", "judge_held_out"]
+__all__ = ["FIRST_LOOK", "check_held_out", "held_out_needed", "judge", "judge_held_out"]
 
 FIRST_LOOK = 8
 """Prompts that are scored before the first look at them; the mean baseline of these is the scale of
@@ -71,21 +71,29 @@ def check_held_out(configuration: Configuration) -> None:
     count = len(configuration.held_out_prompts)
     if not count:
         return
-    needed = [
-        prompts_needed(budget, candidate_alpha(0), _lossless(budget))
-        for budget in configuration.budgets
-    ]
-    if None in needed:
+    most = held_out_needed(configuration, 0)
+    if most is None:
         raise PlanError(
             "held_out_images must be 0 where a budget allows no loss at all: no number of prompts "
             f"proves it, got {count}"
         )
-    most = max(one for one in needed if one is not None)
     if count < most:
         raise PlanError(
             f"held_out_images must be >= {most} to verify a setting without any loss at "
             f"{1 - ALPHA:.0%} confidence, got {count}; reserve more, or none"
         )
+
+
+def held_out_needed(configuration: Configuration, candidate: int) -> int | None:
+    """The fewest held-out prompts that verify a setting without any loss, `candidate`-th of all.
+
+    None where a budget allows no loss at all, which no number of prompts proves.
+    """
+    needed = [
+        prompts_needed(budget, candidate_alpha(candidate), _lossless(budget))
+        for budget in configuration.budgets
+    ]
+    return None if None in needed else max(one for one in needed if one is not None)
 
 
 def _lossless(budget: Budget) -> float:

@@ -274,18 +274,21 @@ class Bench:
         prompts = [prompt for batch in batches for prompt in batch.prompts]
         return images, tuple(prompts[:count])
 
-    def held_out_scores(self, params: Mapping[str, ParamValue]) -> tuple[Scores, ...]:
+    def held_out_scores(
+        self, params: Mapping[str, ParamValue], known: tuple[Scores, ...] = ()
+    ) -> tuple[Scores, ...]:
         """The scores of the held-out prompts, which follow the search's in the plan's list.
 
-        Each prompt has a seed of its own, that no image of the search had.
+        Each prompt has a seed of its own, that no image of the search had. `known` are the scores
+        of the first of them, and are gone on with.
 
         Raises:
             BaselineError: the unaccelerated pipeline makes no usable images.
             TrialError: this setting cannot be measured.
         """
-        configuration, found = self.configuration, _Collected(self._load_metrics())
-        prompts = configuration.held_out_prompts
-        for start in range(0, len(prompts), self._size):
+        configuration, found = self.configuration, _Collected(self._load_metrics(), known)
+        prompts, begun = configuration.held_out_prompts, len(known[0].accelerated) if known else 0
+        for start in range(begun, len(prompts), self._size):
             rows = range(start, min(start + self._size, len(prompts)))
             self._say(f"verifying {start}/{len(prompts)}")
             key = -1 - start  # beside the batches of the search

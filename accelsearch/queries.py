@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from accelsearch.storage import Outcome, StoredStudy, StoredTrial
+from accelsearch.budget import loss_told
+from accelsearch.measurement import score_loss
+from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 
 __all__ = [
     "CHOICES",
@@ -17,6 +19,7 @@ __all__ = [
     "outcomes",
     "pareto_front",
     "targeted",
+    "verification_told",
 ]
 
 
@@ -109,6 +112,20 @@ def outcomes(study: StoredStudy) -> Counter[Outcome]:
     counted = [trial for trial in study.current if not trial.lost]
     counted += [trial for setting, trial in lost.items() if setting not in found]
     return Counter(trial.outcome for trial in counted)
+
+
+def verification_told(study: StoredStudy, verification: Verification) -> str:
+    """What held-out prompts say of a trial: whether they verify it, and its losses on them."""
+    if verification.failure is not None:
+        return f"not verified, since it failed on the held-out prompts: {verification.failure}"
+    by_metric = {one.metric: one for one in verification.scores}
+    losses = ", ".join(
+        loss_told(score_loss(by_metric[one.metric], one.floor_db), one)
+        for one in study.configuration.budgets
+    )
+    verdict = "verified" if verification.verified else "not verified"
+    few = ", too few to tell" if verification.undecided else ""
+    return f"{verdict} on {verification.images} held-out prompts{few} ({losses})"
 
 
 def _is_over(trial: StoredTrial) -> bool:

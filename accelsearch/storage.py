@@ -197,7 +197,8 @@ class Verification:
 
     `candidate` counts the trials that were tried on these prompts, from 0: the first has the
     largest share of the error that is allowed. A trial that made no usable images of them has no
-    judgement and no scores, and `failure` says why.
+    judgement and no scores, and `failure` says why. `prompts` is the digest of these prompts; None
+    in studies of earlier versions.
     """
 
     trial: int
@@ -205,10 +206,25 @@ class Verification:
     judgement: Judgement | None
     scores: tuple[Scores, ...]
     failure: str | None = None
+    prompts: str | None = None
 
     @property
     def verified(self) -> bool:
         return self.judgement is not None and self.judgement.verdict is Verdict.WITHIN
+
+    @property
+    def undecided(self) -> bool:
+        """Whether its prompts are too few to tell, so that more of them may verify it yet."""
+        return self.judgement is not None and self.judgement.verdict is Verdict.UNDECIDED
+
+    @property
+    def images(self) -> int:
+        return len(self.scores[0].accelerated) if self.scores else 0
+
+    def goes_on(self, prompts: Sequence[str]) -> bool:
+        """Whether it is undecided, and `prompts` are those that it was tried on and more."""
+        known = prompts[: self.images]
+        return self.undecided and len(known) < len(prompts) and self.prompts == _digest(known)
 
 
 @dataclass(frozen=True)
@@ -539,9 +555,16 @@ def record_verification(
     candidate: int,
     scores: Sequence[Scores],
     failure: str | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
 ) -> None:
-    """Store what held-out prompts scored, of a trial that has ended, or why they have no scores."""
+    """Store what held-out prompts scored, of a trial that has ended, or why they have no scores.
+
+    Without the `prompts` nobody can go on with more of them where these are too few.
+    """
     value: dict[str, Any] = {"candidate": candidate, "scores": scores_to(scores)}
+    if prompts is not None:
+        value["prompts"] = _digest(prompts)
     if failure is not None:
         value["failure"] = failure
     study.set_user_attr(f"{_VERIFICATION}{trial}", value)
@@ -778,8 +801,14 @@ def _verifications(study: StoredStudy, attributes: Mapping[str, Any]) -> dict[in
             judgement = judge_held_out(
                 scores, searched.scores, study.configuration.budgets, value["candidate"]
             )
-            found[number] = Verification(number, value["candidate"], judgement, scores)
+            found[number] = Verification(
+                number, value["candidate"], judgement, scores, prompts=value.get("prompts")
+            )
     return found
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
 # Trials that have ended change no more, and a search reads its study twice a trial. By the identity

@@ -23,13 +23,12 @@ from accelsearch.configuration import Configuration, SearchSettings
 from accelsearch.errors import BaselineError, TrialError
 from accelsearch.guide import GAIN, Guide, Observation
 from accelsearch.heartbeat import Worker
-from accelsearch.judging import check_held_out
+from accelsearch.judging import check_held_out, held_out_needed
 from accelsearch.latency import contender, dominated
 from accelsearch.measurement import (
     Environment,
     Measurement,
     ParamValue,
-    Scores,
     pair_noise,
     score_losses,
 )
@@ -83,7 +82,7 @@ _CANDIDATES = 500  # settings that the guide looks at, of more some at random
 _LEARNT = 150  # trials that it learns from, the fastest: what is slow is of no interest
 _NOISE = 0.05  # of a pair's log ratio, as long as nobody has measured it
 _DRAWS = 3  # of so many settings, before nothing is taken to be left
-_CANDIDATES_VERIFIED = 6  # settings tried on one set of held-out prompts
+_CANDIDATES_VERIFIED = 6  # settings tried on held-out prompts: of more, hardly any would pass
 _HOPELESS = 3  # failed trials from the start on, after which nothing is going to work
 _ATTEMPTS = 1000  # to draw one that is untried from a space that is not listed
 _ENUMERABLE = 100_000  # settings up to which a space is listed to find untried ones
@@ -311,6 +310,8 @@ class _Search:
             if self._goal is None and stopped != OTHERS:
                 say_bounded(self._study, True)
                 self._stored = replace(self._stored, bounded=True)
+            if stopped != OTHERS:
+                self._warn_untried()
             found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
             self._progress.study_finished(found)
             return found
@@ -372,9 +373,23 @@ class _Search:
         return {_setting(self._space, one.params): one for one in found}
 
     def _read(self) -> StoredStudy:
-        """The study as stored, but with the limits of this search instead of the first one's."""
+        """The study as stored, but with the limits of this search instead of the first one's.
+
+        And without the verifications that more held-out prompts of this search may decide.
+        """
         self._trials, stored = read_both(self._study._storage, self._study._study_id)
-        return replace(stored, configuration=self._configuration)
+        self._verifications, prompts = stored.verifications, self._configuration.held_out_prompts
+        self._undecided = {
+            setting: one
+            for setting, one in stored.tried.items()
+            if one.goes_on(prompts) and self._can_tell(one.candidate)
+        }
+        settled = {
+            number: one
+            for number, one in stored.verifications.items()
+            if stored.trials[number].setting not in self._undecided
+        }
+        return replace(stored, configuration=self._configuration, verifications=settled)
 
     def _known(self) -> dict[Setting, StoredTrial]:
         """What is measured already, by setting."""
@@ -580,7 +595,12 @@ class _Search:
             raise TrialError(f"all {len(failures)} trials failed, the last with {trial.error}")
 
     def _candidate(self) -> StoredTrial | None:
-        """The answer, where held-out prompts are to be asked about it."""
+        """The answer, where held-out prompts are to be asked about it and can tell of it."""
+        untried = self._untried()
+        return None if untried is None or not self._can_tell(self._share(untried)) else untried
+
+    def _untried(self) -> StoredTrial | None:
+        """The answer, where the plan holds prompts out and they have not been asked about it."""
         stored = self._stored
         if not self._configuration.held_out_prompts:
             return None
@@ -588,9 +608,34 @@ class _Search:
             best = max(feasible_trials(stored), key=lambda one: one.speedup or 0.0, default=None)
         else:
             best = targeted(stored, self._goal, self._choice)
-        if best is None or stored.verification(best) or len(stored.tried) >= _CANDIDATES_VERIFIED:
-            return None
-        return best
+        return None if best is None or stored.verification(best) else best
+
+    def _share(self, trial: StoredTrial) -> int:
+        """Which share of the error a trial has: that of its setting, or the next."""
+        begun = self._undecided.get(trial.setting)
+        return len(self._verifications) if begun is None else begun.candidate
+
+    def _can_tell(self, candidate: int) -> bool:
+        """Whether there are held-out prompts enough to verify the `candidate`-th setting."""
+        needed = held_out_needed(self._configuration, candidate)
+        count = len(self._configuration.held_out_prompts)
+        return candidate < _CANDIDATES_VERIFIED and needed is not None and needed <= count
+
+    def _warn_untried(self) -> None:
+        """Say why an answer is not verified, where the held-out prompts are used up."""
+        untried = self._untried()
+        if untried is None:
+            return
+        candidate, count = self._share(untried), len(self._configuration.held_out_prompts)
+        told = f"trial {untried.number} is not verified, since the {count} held-out prompts "
+        if candidate >= _CANDIDATES_VERIFIED:
+            self._progress.warned(f"{told}were asked about {candidate} others, and no more are")
+        elif not self._can_tell(candidate):
+            needed = held_out_needed(self._configuration, candidate)
+            self._progress.warned(
+                f"{told}are too few for another after {candidate}: held_out_images must be "
+                f">= {needed}"
+            )
 
     def _verify(self, candidate: StoredTrial) -> bool:
         """Try the answer on held-out prompts; whether there is more to do, as they refute it.
@@ -604,16 +649,23 @@ class _Search:
             best = self._candidate()
             if best is None or best.number != candidate.number:
                 return True
-            share, failure = len(self._stored.verifications), None
-            scores: tuple[Scores, ...] = ()
+            begun, share, failure = self._undecided.get(best.setting), self._share(best), None
+            scores = () if begun is None else begun.scores
             try:
-                scores = self._bench.held_out_scores(best.params)
+                scores = self._bench.held_out_scores(best.params, scores)
             except BaselineError:
                 raise
             except TrialError as error:
                 # Not confirmed, and so no answer: its images of other prompts are unusable.
-                failure = error.reason
-            record_verification(self._study, best.number, share, scores, failure)
+                scores, failure = (), error.reason
+            record_verification(
+                self._study,
+                best.number if begun is None else begun.trial,
+                share,
+                scores,
+                failure,
+                prompts=self._configuration.held_out_prompts,
+            )
             self._stored = self._read()
         finally:
             self._worker.release()

@@ -63,9 +63,11 @@ class Clocked(Bench):
         SPENT.update(result.seconds)  # type: ignore[arg-type]
         return result
 
-    def held_out_scores(self, params: Mapping[str, ParamValue]) -> tuple[Scores, ...]:
+    def held_out_scores(
+        self, params: Mapping[str, ParamValue], known: tuple[Scores, ...] = ()
+    ) -> tuple[Scores, ...]:
         with clock("held-out"):
-            return super().held_out_scores(params)
+            return super().held_out_scores(params, known)
 
 
 @contextmanager

@@ -23,10 +23,10 @@ from accelsearch.console import (
     stages_on,
     targets_table,
     told,
-    verification_told,
 )
 from accelsearch.doctor import Finding
 from accelsearch.measurement import Environment, Latency, Measurement, Scores, settings_told
+from accelsearch.queries import verification_told
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 from accelsearch.study import Found
 
@@ -348,6 +348,11 @@ def test_a_target_shows_what_answers_it_or_why_nothing_does(make_study: MakeStud
     ("loss", "verdict", "expected"),
     [
         (0.001, Verdict.WITHIN, "verified on 64 held-out prompts (clip_score loss 0.1 % of 2 %)"),
+        (
+            0.015,
+            Verdict.UNDECIDED,
+            "not verified on 64 held-out prompts, too few to tell (clip_score loss 1.5 % of 2 %)",
+        ),
         (0.05, Verdict.OVER, "not verified on 64 held-out prompts (clip_score loss 5 % of 2 %)"),
     ],
 )
@@ -363,7 +368,7 @@ def test_what_held_out_prompts_say_is_told_and_stands_in_the_table(
         assert f"trial 0: {expected}" in shown(console).replace("\n", " ").replace("  ", " ")
     console = Console(file=StringIO(), width=120)
     console.print(bounds_table([Found(study, "")]))
-    assert ("not verified" in shown(console)) is (verdict is Verdict.OVER)
+    assert ("not verified" in shown(console)) is (verdict is not Verdict.WITHIN)
     assert "verified" in shown(console)
 
 

@@ -672,7 +672,9 @@ def test_where_nothing_is_confirmed_the_best_is_exported_as_not_verified(
     exported(database, out)
     entry = entries(out)[0][BOUND]
     assert entry["verified"] is False
-    assert entry["unverified_because"] == "the held-out prompts do not confirm it"
+    assert entry["unverified_because"] == (
+        "not verified on 300 held-out prompts (clip_score loss 10 % of 2 %)"
+    )
     assert entry["verification"]["losses"] == {"clip_score": pytest.approx(0.1)}
 
 
@@ -682,7 +684,9 @@ def test_an_entry_that_failed_on_held_out_prompts_says_so(database: BaseStorage,
     exported(database, out)
     entry = entries(out)[0][BOUND]
     assert (entry["verified"], entry["verification"]) == (False, None)
-    assert entry["unverified_because"] == "it failed on the held-out prompts: images are black"
+    assert entry["unverified_because"] == (
+        "not verified, since it failed on the held-out prompts: images are black"
+    )
 
 
 def test_an_early_accepted_entry_says_of_how_many_images_and_what_it_may_lose(

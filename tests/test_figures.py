@@ -97,7 +97,7 @@ def test_what_held_out_prompts_say_is_marked(study: optuna.Study) -> None:
     record_verification(study, refuted, 1, [worse])
     shown = traces(figures.speedup_against_loss(read_study(study)))
     assert shown["verified on held-out prompts"].y == pytest.approx((2.0,))
-    assert shown["not confirmed on held-out prompts"].y == pytest.approx((3.0,))
+    assert shown["not verified on held-out prompts"].y == pytest.approx((3.0,))
     assert shown["best"].y == pytest.approx((2.0,))
 
 

@@ -23,6 +23,7 @@ from accelsearch.errors import (
     UnsupportedError,
 )
 from accelsearch.judging import FIRST_LOOK
+from accelsearch.measurement import Scores
 from accelsearch.methods import METHODS, Parameter, applied
 from accelsearch.objective import Bench, check_models, environment_of
 from accelsearch.quality import METRICS, ClipScore
@@ -679,6 +680,20 @@ def test_held_out_prompts_are_scored_with_seeds_of_their_own(
     again = bench.held_out_scores(ROUGH)
     assert sorted(made) == [("a cat", 10), ("a dog", 11), ("a hen", 12)]
     assert again != tuple(scores.values())
+    # Where the first prompt's scores are known, the others are scored beside them.
+    made.clear()
+    known = tuple(first_of(one, 1) for one in again)
+    for whole, joined in zip(again, bench.held_out_scores(ROUGH, known), strict=True):
+        assert joined.accelerated[0] == whole.accelerated[0]
+        # In batches of other sizes sums are rounded otherwise.
+        assert joined.accelerated == pytest.approx(whole.accelerated, rel=1e-3)
+    assert sorted(made) == sorted(2 * [("a dog", 11), ("a hen", 12)])
+
+
+def first_of(scores: Scores, count: int) -> Scores:
+    """The scores of the first `count` prompts alone."""
+    baseline = None if scores.baseline is None else scores.baseline[:count]
+    return Scores(scores.metric, baseline, scores.accelerated[:count])
 
 
 # The space

@@ -114,15 +114,13 @@ def test_what_held_out_prompts_refuted_is_not_said_to_be_within_the_budget(
     record_verification(study, number, 0, [Scores("clip_score", (100.0,) * 500, (70.0,) * 500)])
     refuted = read_study(study)
     assert markdown([refuted], []).startswith(
-        "# 2.30 times as fast, not confirmed on held-out prompts\n"
+        "# 2.30 times as fast, not verified on held-out prompts\n"
     )
     page = html_page([refuted], [refuted], no_pairs)
     assert "times as fast within the budget" not in page
-    assert note(refuted).count("not confirmed on held-out prompts") == 1
+    assert note(refuted).count("not verified on held-out prompts") == 1
     assert "is the fastest within the budget" not in note(refuted)
-    assert result(refuted)["fastest within the budget"].endswith(
-        "not confirmed on held-out prompts"
-    )
+    assert result(refuted)["fastest within the budget"].endswith("not verified on held-out prompts")
 
 
 def test_a_baseline_that_scores_nothing_leaves_a_trial_without_a_loss(
@@ -315,7 +313,7 @@ def test_sureness_tells_intervals_prompts_and_verification(database: BaseStorage
     assert told["Verification"].startswith("none so far: set held_out_images")
     record_verification(study, number, 0, [Scores("clip_score", (100.0,) * 500, (99.9,) * 500)])
     told = dict(sureness(read_study(study), read_study(study).trials[number]))
-    assert told["Verification"].startswith("confirmed by 500 held-out prompts and seeds")
+    assert told["Verification"].startswith("verified on 500 held-out prompts and seeds")
     assert "clip_score loss 0.1 % of 2 %, interval" in told["Verification"]
 
 

@@ -1327,10 +1327,12 @@ class Judged(Stand):
         super().__init__()
         self.losses = losses or {}
         self.held_out: list[tuple[int, int]] = []
+        self.known: list[int] = []
 
-    def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+    def held_out_scores(self, params: Params, known: tuple[Scores, ...] = ()) -> tuple[Scores, ...]:
         interval, branch = setting(params)
         self.held_out.append((interval, branch))
+        self.known.append(len(known[0].accelerated) if known else 0)
         count = len(self.configuration.held_out_prompts)
         loss = self.losses.get(interval, 0.0)
         return (Scores("clip_score", (50.0,) * count, (50 * (1 - loss),) * count),)
@@ -1416,6 +1418,48 @@ def test_where_nothing_is_confirmed_the_fastest_stays_the_best_and_says_so(lab: 
     assert len(bench.held_out) == len(set(bench.held_out)) <= 6
 
 
+def test_an_undecided_verification_goes_on_where_there_are_more_held_out_prompts(lab: Lab) -> None:
+    losses, more = {3: 0.028}, tuple(f"held out {number}" for number in range(400))
+    bench = Judged(losses)
+    found = lab.search(bench, trials=1, held_out_prompts=HELD_OUT)
+    assert found.best is not None
+    verification = found.study.verifications[0]
+    assert verification.undecided
+    again = Judged(losses)
+    lab.search(again, trials=1, held_out_prompts=HELD_OUT)
+    assert again.held_out == []
+    found = lab.search(again, trials=1, held_out_prompts=more)
+    assert (again.held_out, again.known) == ([(3, 0)], [len(HELD_OUT)])
+    verification = found.study.verifications[0]
+    assert (verification.verified, verification.candidate, verification.images) == (True, 0, 400)
+
+
+def test_an_undecided_verification_on_other_prompts_is_not_gone_on_with(lab: Lab) -> None:
+    lab.search(Judged({3: 0.028}), trials=1, held_out_prompts=HELD_OUT)
+    bench, others = Judged(), tuple(f"another {number}" for number in range(400))
+    found = lab.search(bench, trials=1, held_out_prompts=others)
+    assert bench.held_out == []
+    assert found.study.verifications[0].undecided
+
+
+def test_a_setting_that_too_few_prompts_are_left_for_is_not_tried_on_them(lab: Lab) -> None:
+    with pytest.raises(PlanError) as refused:
+        lab.search(Judged(), held_out_prompts=HELD_OUT[:5])
+    told = re.search(r">= (\d+)", str(refused.value))
+    assert told is not None
+    bench, events = Judged({3: 0.2}), Events()
+    few = HELD_OUT[: int(told[1])]
+    lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=few)
+    assert bench.held_out == [(3, 0)]
+    (warning,) = [one for one in events.told if "is not verified" in one]
+    needed = re.search(r"too few for another after 1: held_out_images must be >= (\d+)", warning)
+    assert needed is not None
+    again, events = Judged({3: 0.2}), Events()
+    enough = HELD_OUT[: int(needed[1])]
+    lab.search(again, events, trials=12, sampler="grid", held_out_prompts=enough)
+    assert len(again.held_out) == 1
+
+
 def test_the_answer_to_a_goal_is_verified_too(lab: Lab) -> None:
     bench = Judged()
     found = lab.search(bench, trials=12, goal=1.2, held_out_prompts=HELD_OUT)
@@ -1456,11 +1500,13 @@ def test_while_one_worker_verifies_another_waits_for_what_comes_of_it(lab: Lab) 
     other = Judged()
 
     class Beside(Judged):
-        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+        def held_out_scores(
+            self, params: Params, known: tuple[Scores, ...] = ()
+        ) -> tuple[Scores, ...]:
             beside.append(
                 lab.search(other, trials=12, goal=0.85, choice="closest", held_out_prompts=HELD_OUT)
             )
-            return super().held_out_scores(params)
+            return super().held_out_scores(params, known)
 
     lab.search(Beside(), trials=12, sampler="grid", held_out_prompts=HELD_OUT)
     assert [found.stopped for found in beside] == [OTHERS]
@@ -1478,9 +1524,11 @@ def test_what_another_worker_verified_just_before_has_its_own_share_of_the_error
     lab.search(Judged(), trials=3)
 
     class First(Judged):
-        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
+        def held_out_scores(
+            self, params: Params, known: tuple[Scores, ...] = ()
+        ) -> tuple[Scores, ...]:
             self.losses = {} if self.held_out else {2: 0.2}
-            return super().held_out_scores(params)
+            return super().held_out_scores(params, known)
 
     claim, others = Worker.claim, iter([First()])
 
@@ -1524,8 +1572,10 @@ def test_held_out_prompts_are_refused_where_no_loss_is_allowed(lab: Lab) -> None
 
 def test_a_setting_that_cannot_make_held_out_images_is_refuted_with_its_reason(lab: Lab) -> None:
     class Broken(Judged):
-        def held_out_scores(self, params: Params) -> tuple[Scores, ...]:
-            found = super().held_out_scores(params)
+        def held_out_scores(
+            self, params: Params, known: tuple[Scores, ...] = ()
+        ) -> tuple[Scores, ...]:
+            found = super().held_out_scores(params, known)
             if setting(params)[0] == 3:
                 raise TrialError("images are black")
             return found

@@ -111,7 +111,7 @@ def summary(studies: Sequence[StoredStudy]) -> str:
     loss = trial.loss(budget)
     told = "" if loss is None else f" ({loss_told(loss, budget)})"
     among = "" if len(studies) == 1 else f", the fastest of {searched}"
-    sure = {None: "not yet verified", True: "verified", False: "not confirmed"}[
+    sure = {None: "not yet verified", True: "verified", False: "not verified"}[
         verified(study, trial)
     ]
     return (
@@ -358,22 +358,22 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
         told.append(("Verification", f"failed on the held-out prompts: {verification.failure}"))
     else:
         by_metric = {one.metric: one for one in verification.scores}
-        count = len(verification.scores[0].accelerated)
         parts = []
         for budget in configuration.budgets:
             loss = score_loss(by_metric[budget.metric], budget.floor_db)
             low, high = verification.judgement.intervals[budget.metric]
             parts.append(f"{loss_told(loss, budget)}, interval {interval_told(low, high, budget)}")
-        verdict = "confirmed" if verification.verified else "not confirmed"
+        verdict = "verified" if verification.verified else "not verified"
+        few = "" if not verification.undecided else ", which are too few to tell,"
         told.append(
             (
                 "Verification",
-                f"{verdict} by {count} held-out prompts and seeds at "
+                f"{verdict} on {verification.images} held-out prompts and seeds{few} at "
                 f"{confidence_told(verification.candidate)} confidence: {'; '.join(parts)}",
             )
         )
     if is_refuted(study, trial):
-        told.append(("Beware", "held-out prompts confirm no feasible trial of this study"))
+        told.append(("Beware", "held-out prompts verify no feasible trial of this study"))
     counted = outcomes(study)
     measured = sum(
         counted[one] for one in counted if one not in (Outcome.RUNNING, Outcome.INTERRUPTED)
@@ -400,7 +400,7 @@ def plan_of(study: StoredStudy) -> str:
     """
     configuration = study.configuration
     held_out = max(
-        (len(one.scores[0].accelerated) for one in study.verifications.values() if one.scores),
+        (one.images for one in study.verifications.values()),
         default=0,
     )
     lines = [f"{name} = {_toml(value)}" for name, value in _plan_fields(configuration, held_out)]

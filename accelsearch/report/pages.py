@@ -140,7 +140,7 @@ def _told(studies: Sequence[StoredStudy], stored: Iterable[StoredStudy]) -> dict
     return {
         "title": "Nothing keeps its budget yet"
         if top is None
-        else f"{top[0].speedup:.2f} times as fast, not confirmed on held-out prompts"
+        else f"{top[0].speedup:.2f} times as fast, not verified on held-out prompts"
         if is_refuted(top[1], top[0])
         else f"{top[0].speedup:.2f} times as fast within the budget",
         "summary": findings.summary(studies),
@@ -226,7 +226,7 @@ def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, str]:
         told = "other trials were" if study.verifications else "nor was any other trial"
         return {"word": "not tried", "told": told, "mood": ""}
     if found.failure is not None:
-        return {"word": "not confirmed", "told": found.failure, "mood": "bad"}
+        return {"word": "not verified", "told": found.failure, "mood": "bad"}
     by_metric = {one.metric: one for one in found.scores}
     values = [
         _loss(
@@ -235,10 +235,10 @@ def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, str]:
         )[0]
         for one in study.configuration.budgets
     ]
-    told = f"{', '.join(values)} on {len(found.scores[0].accelerated)} prompts"
+    told = f"{', '.join(values)} on {found.images} prompts"
     if found.verified:
         return {"word": "verified", "told": told, "mood": "good"}
-    return {"word": "not confirmed", "told": told, "mood": "bad"}
+    return {"word": "not verified", "told": told, "mood": "bad"}
 
 
 def _trials_told(study: StoredStudy) -> str:

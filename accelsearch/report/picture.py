@@ -45,7 +45,7 @@ def _panel(study: StoredStudy) -> Image.Image:
     if best is not None:
         loss = best.loss(budget)
         cost = "" if loss is None else f", {loss_told(loss, budget)}"
-        sure = ", not confirmed on held-out prompts" if is_refuted(study, best) else ""
+        sure = ", not verified on held-out prompts" if is_refuted(study, best) else ""
         told = f"Best {best.speedup:.2f}x{cost}{sure}: {settings_told(best.params)}"
     pen.text((40, 74), _short(told, 110), _FAINT, text)
     points = [
