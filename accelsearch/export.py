@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def export(
     configuration (another GPU, say) are replaced only where `names` chooses: the measured speedup
     in their keys would leave them standing beside ours. Our own go where their trial answers no
     more: held-out prompts refuted it, or it was timed on. A study without a feasible trial has no
-    entry, and one that was searched for targets alone no bound: an older one stays as it is.
+    entry, and one that was searched for targets alone no bound: its older one stays as it is.
     Exports to one folder wait for each other.
 
     Raises:
@@ -92,7 +92,8 @@ def export(
         schema.check("search_params", params)
         # Read both before either is written: what is wrong with one leaves both as they were.
         kept = [contract.read(file) if file.exists() else {} for file in files]
-        others = [_others(old, new) for old, new in zip(kept, (bounds, params), strict=True)]
+        ours = {study.configuration.key(None): study.name for study, _ in found}
+        others = [_others(old, new, ours) for old, new in zip(kept, (bounds, params), strict=True)]
         stale = _stale(kept[1], [study for study, _ in found])
         if names is None:
             for file, keys in zip(files, others, strict=True):
@@ -127,16 +128,16 @@ def _refuse_collisions(studies: Sequence[StoredStudy]) -> None:
             )
 
 
-def _others(old: Entries, new: Entries) -> dict[str, tuple[str, str]]:
+def _others(old: Entries, new: Entries, ours: Mapping[Key, str]) -> dict[str, tuple[str, str]]:
     """The keys in `old` that stand for another study of a configuration of ours, with both studies.
 
-    An entry that names no study is not ours either, but only its very key is contested: whoever
+    Also where ours has no entry of its own: another GPU's bound says nothing of our parameters. An
+    entry that names no study is not ours either, but only its very key is contested: whoever
     wrote it may have measured other speedups of this configuration.
     """
-    ours = {_without_speedup(key): entry["study"] for key, entry in new.items()}
     contested = {}
     for key, entry in old.items():
-        mine, theirs = ours.get(_without_speedup(key)), entry.get("study")
+        mine, theirs = ours.get(replace(Key.parse(key), speedup=None)), entry.get("study")
         if mine is not None and theirs != mine and (theirs is not None or key in new):
             contested[key] = (str(theirs or "an unnamed study"), str(mine))
     return contested
@@ -154,10 +155,6 @@ def _stale(params: Entries, studies: Sequence[StoredStudy]) -> set[str]:
         if numbers is not None and "trial" in entry and entry["trial"] not in numbers:
             stale.add(key)
     return stale
-
-
-def _without_speedup(key: str) -> Key:
-    return replace(Key.parse(key), speedup=None)
 
 
 def _refuse_replacing(file: Path, others: dict[str, tuple[str, str]]) -> None:

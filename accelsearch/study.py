@@ -838,10 +838,9 @@ def _suggest(trial: optuna.Trial, parameter: Parameter) -> ParamValue:
     if parameter.kind == "int":
         low, high, step = int(parameter.low), int(parameter.high), int(parameter.step or 1)
         return trial.suggest_int(parameter.name, low, high, step=step)
-    value = trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step)
-    # Optuna's multiples of a step carry rounding errors; the same setting must be the same number.
-    listed = (one for one in parameter.values() or (value,) if isinstance(one, int | float))
-    return min(listed, key=lambda one: abs(one - value))
+    return parameter.listed(
+        trial.suggest_float(parameter.name, parameter.low, parameter.high, step=parameter.step)
+    )
 
 
 def _values(parameter: Parameter) -> tuple[ParamValue, ...]:

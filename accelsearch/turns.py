@@ -225,9 +225,7 @@ def _listed(space: Sequence[Parameter], setting: Mapping[str, Any]) -> dict[str,
     found = dict(setting)
     for parameter in space:
         if parameter.kind == "float":
-            value = found[parameter.name]
-            listed = (one for one in parameter.values() or (value,) if isinstance(one, int | float))
-            found[parameter.name] = min(listed, key=lambda one: abs(one - value))
+            found[parameter.name] = parameter.listed(found[parameter.name])
     return found
 
 

@@ -273,6 +273,23 @@ def test_a_study_that_was_searched_for_targets_alone_has_params_and_leaves_an_ol
     assert entries(out)[0][BOUND]["max_speedup"] == 1.65
 
 
+def test_another_studys_bound_does_not_stay_beside_the_params_of_one_without(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    add_trial(study, 1.5, 0.01)
+    say_bounded(study, False)
+    elsewhere = {BOUND: {"max_speedup": 2.75, "study": "the same on another GPU"}}
+    out.mkdir(exist_ok=True)
+    (out / BOUNDS).write_text(json.dumps(elsewhere))
+    with pytest.raises(ExportError, match="must not mix studies"):
+        exported(database, out)
+    assert json.loads((out / BOUNDS).read_text()) == elsewhere
+    export(database, out, artifacts=out.parent / "artifacts", names=[study.study_name])
+    assert entries(out)[0] == {}
+    assert len(entries(out)[1]) == 1
+
+
 # Nothing feasible
 
 

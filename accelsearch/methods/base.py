@@ -80,6 +80,14 @@ class Parameter:
         count = int((self.high - self.low) / self.step + 1e-9) + 1
         return tuple(round(self.low + index * self.step, 12) for index in range(count))
 
+    def listed(self, value: float) -> float:
+        """The value of the range that is nearest; `value` itself where it is continuous.
+
+        Multiples of a step carry rounding errors, and the same setting must be the same number.
+        """
+        numbers = [one for one in self.values() or () if isinstance(one, int | float)]
+        return min(numbers or [value], key=lambda one: abs(one - value))
+
     @property
     def ends(self) -> tuple[Value, ...]:
         """The smallest and the largest value; of a choice, every one."""

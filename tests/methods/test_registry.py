@@ -304,6 +304,14 @@ def test_a_parameter_lists_its_values(
     assert parameter.range == text
 
 
+def test_a_value_with_a_rounding_error_becomes_the_one_that_is_listed() -> None:
+    stepped = whole(kind="float", default=0.1, low=0.0, high=0.5, step=0.1)
+    assert 0.1 + 0.2 != 0.3
+    assert stepped.listed(0.1 + 0.2) == 0.3
+    continuous = whole(kind="float", default=0.1, low=0.0, high=0.5)
+    assert continuous.listed(0.1 + 0.2) == 0.1 + 0.2
+
+
 @pytest.mark.parametrize(
     ("parameter", "accepted", "refused"),
     [
