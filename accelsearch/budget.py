@@ -102,11 +102,14 @@ class Judgement:
     `intervals`: by metric, the lower and the upper end of the mean loss over all prompts, each at
     its own confidence; equal once all prompts are seen. Rank settings by the upper end: the mean
     of a few prompts looks best where the fewest were seen.
+    `testable`: False where a loss is beyond the range that is assumed of it, so that no number of
+    prompts more proves that its budget is kept.
     """
 
     verdict: Verdict
     proven: bool
     intervals: dict[str, tuple[float, float]]
+    testable: bool = True
 
 
 def violation(loss: float, budget: Budget) -> float:
@@ -186,7 +189,8 @@ def decide(
             budget.metric: _interval(values, budget, population, alpha, len(given))
             for values, budget in given
         }
-        return Judgement(verdict, verdict is not Verdict.UNDECIDED, intervals)
+        testable = all(_tested(values, budget)[1] is not None for values, budget in given)
+        return Judgement(verdict, verdict is not Verdict.UNDECIDED, intervals, testable)
     means = [(float(values.mean()), budget) for values, budget in given]
     kept = all(within(mean, budget.max_loss) for mean, budget in means)
     decided = Verdict.WITHIN if kept else Verdict.OVER

@@ -16,13 +16,14 @@ from accelsearch.errors import AccelSearchError, PlanError, StorageError, neares
 from accelsearch.screen import console_of, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from rich.console import Console
 
     from accelsearch.codegen import Batch, Result
     from accelsearch.configuration import Configuration
+    from accelsearch.export import Exported
     from accelsearch.measurement import ParamValue
     from accelsearch.study import Found, Progress
 
@@ -246,8 +247,8 @@ def target(
         exported = export_to(database, out, artifacts=artifacts, names=names)
         for file in (exported.bounds, exported.params, *exported.pictures):
             typer.echo(file)
-        for name in exported.unbounded:
-            typer.echo(_unbounded_told(name), err=True)
+        for line in _bounds_told(exported):
+            typer.echo(line, err=True)
     return code or (0 if found and all(one.answer for one in found) else 1)
 
 
@@ -555,8 +556,8 @@ def export(
         typer.echo(file)
     for name in exported.nothing_feasible:
         typer.echo(f"no entry: nothing feasible in {name}", err=True)
-    for name in exported.unbounded:
-        typer.echo(_unbounded_told(name), err=True)
+    for line in _bounds_told(exported):
+        typer.echo(line, err=True)
     return 0 if exported.entries else 1
 
 
@@ -767,8 +768,8 @@ def run(
             )
             for name in exported.nothing_feasible:
                 stages.tell(f"no entry: nothing feasible in {name}")
-            for name in exported.unbounded:
-                stages.tell(_unbounded_told(name))
+            for line in _bounds_told(exported):
+                stages.tell(line)
 
             # Of this plan alone: the folder may hold entries of others.
             keys = {str(one.study.configuration.key(None)) for one in found if one.best}
@@ -1028,11 +1029,15 @@ def _searched(
     return found, code
 
 
-def _unbounded_told(name: str) -> str:
-    return (
-        f"no bound: no search for the largest speedup of {name} has ended, and an older entry "
-        "stays as it was; run `accelsearch bounds`"
-    )
+def _bounds_told(exported: Exported) -> Iterator[str]:
+    """What an export says of the bounds that it did not write."""
+    for key in exported.dropped:
+        yield f"the bound {key} is taken out: it is another study's, measured elsewhere"
+    for name in exported.unbounded:
+        yield (
+            f"no bound: no search for the largest speedup of {name} has ended, and an older entry "
+            "stays as it was; run `accelsearch bounds`"
+        )
 
 
 def _tell_result(result: Result) -> None:

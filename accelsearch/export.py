@@ -37,6 +37,7 @@ class Exported:
     """What an export has written, and the studies of which there was nothing to write.
 
     Of the `unbounded` ones there are parameters, but no search for an upper bound has ended.
+    `dropped` are the keys of bounds of other studies that nothing stands in for.
     """
 
     bounds: Path
@@ -45,6 +46,7 @@ class Exported:
     entries: int
     nothing_feasible: tuple[str, ...]
     unbounded: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def export(
@@ -110,7 +112,8 @@ def export(
             contract.write_bytes(kept_pictures[-1], png)
     missing = tuple(name for name, trial in best.items() if trial is None)
     unbounded = tuple(study.name for study, _ in found if not bounded(study))
-    return Exported(*files, tuple(kept_pictures), len(found), missing, unbounded)
+    dropped = tuple(key for key in others[0] if key not in bounds)
+    return Exported(*files, tuple(kept_pictures), len(found), missing, unbounded, dropped)
 
 
 def _refuse_collisions(studies: Sequence[StoredStudy]) -> None:

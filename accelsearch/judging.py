@@ -48,16 +48,26 @@ def judge(
 
 
 def judge_held_out(
-    scores: Iterable[Scores], searched: Iterable[Scores], budgets: Iterable[Budget], candidate: int
+    scores: Iterable[Scores],
+    searched: Iterable[Scores],
+    budgets: Iterable[Budget],
+    candidate: int,
+    lossless: int = 0,
 ) -> Judgement:
     """The verdict on held-out prompts, for the `candidate`-th setting that is tried on them.
 
-    `searched` are the scores of the search, whose scale was fixed before these prompts.
+    `searched` are the scores of the search, whose scale was fixed before these prompts. So many
+    further prompts are supposed to be `lossless`: what the verdict can become at best.
     """
     by_metric = {one.metric: one for one in scores}
     scale = _scale(searched, None)
     losses = (
-        (METRICS[one.metric].losses(by_metric[one.metric], one, scale), one) for one in budgets
+        (
+            [*METRICS[one.metric].losses(by_metric[one.metric], one, scale)]
+            + [_lossless(one)] * lossless,
+            one,
+        )
+        for one in budgets
     )
     return verify(losses, candidate_alpha(candidate))
 

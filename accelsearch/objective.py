@@ -286,7 +286,12 @@ class Bench:
             BaselineError: the unaccelerated pipeline makes no usable images.
             TrialError: this setting cannot be measured.
         """
-        configuration, found = self.configuration, _Collected(self._load_metrics(), known)
+        metrics = self._load_metrics()
+        if not metrics.keys() <= {
+            one.metric for one in known
+        }:  # all are of the same prompts, or none
+            known = ()
+        configuration, found = self.configuration, _Collected(metrics, known)
         prompts, begun = configuration.held_out_prompts, len(known[0].accelerated) if known else 0
         for start in range(begun, len(prompts), self._size):
             rows = range(start, min(start + self._size, len(prompts)))

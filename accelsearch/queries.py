@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from accelsearch.budget import loss_told
+from accelsearch.budget import Verdict, loss_told
 from accelsearch.measurement import score_loss
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 
@@ -124,7 +124,11 @@ def verification_told(study: StoredStudy, verification: Verification) -> str:
         for one in study.configuration.budgets
     )
     verdict = "verified" if verification.verified else "not verified"
-    few = ", too few to tell" if verification.undecided else ""
+    few, judgement = "", verification.judgement
+    if verification.undecided:
+        few = ", too few to tell"
+    elif judgement is not None and judgement.verdict is Verdict.UNDECIDED:
+        few = ", one of them with a loss beyond the budget's bound"
     return f"{verdict} on {verification.images} held-out prompts{few} ({losses})"
 
 

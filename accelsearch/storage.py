@@ -215,7 +215,10 @@ class Verification:
     @property
     def undecided(self) -> bool:
         """Whether its prompts are too few to tell, so that more of them may verify it yet."""
-        return self.judgement is not None and self.judgement.verdict is Verdict.UNDECIDED
+        judgement = self.judgement
+        return (
+            judgement is not None and judgement.verdict is Verdict.UNDECIDED and judgement.testable
+        )
 
     @property
     def images(self) -> int:

@@ -18,12 +18,12 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from accelsearch import pictures
-from accelsearch.budget import violation
+from accelsearch.budget import Verdict, violation
 from accelsearch.configuration import Configuration, SearchSettings
 from accelsearch.errors import BaselineError, TrialError
 from accelsearch.guide import GAIN, Guide, Observation
 from accelsearch.heartbeat import Worker
-from accelsearch.judging import check_held_out, held_out_needed
+from accelsearch.judging import check_held_out, held_out_needed, judge_held_out
 from accelsearch.latency import contender, dominated
 from accelsearch.measurement import (
     Environment,
@@ -293,7 +293,7 @@ class _Search:
         self._enqueued = True  # whether those that wait are to come before it
         self._keys: dict[int, Setting] = {}
         self._noise_of: tuple[int, float | None] | None = None
-        progress.study_started(self._stored, environment)
+        progress.study_started(self._whole, environment)
 
     def run(self) -> Found:
         while True:
@@ -301,18 +301,22 @@ class _Search:
             if stopped is None:
                 self._turn()
                 continue
-            candidate = None if stopped == OTHERS else self._candidate()
-            if candidate is not None and not self._worker.claim(self._study._study_id, _VERIFYING):
-                # One worker does so; the others wait for what comes of it.
-                stopped, pending = OTHERS, (_VERIFYING,)
-            elif candidate is not None and self._verify(candidate):
-                continue
+            untried = None if stopped == OTHERS else self._untried()
+            if untried is not None:
+                # One worker verifies; the others wait for what comes of it, also those whose
+                # plans hold fewer prompts out than it takes.
+                able = self._can_tell(untried)
+                if able and self._worker.claim(self._study._study_id, _VERIFYING):
+                    if self._verify(untried):
+                        continue
+                elif able or _VERIFYING in self._worker.others(self._study._study_id):
+                    stopped, pending = OTHERS, (_VERIFYING,)
             if self._goal is None and stopped != OTHERS:
                 say_bounded(self._study, True)
                 self._stored = replace(self._stored, bounded=True)
             if stopped != OTHERS:
                 self._warn_untried()
-            found = Found(self._stored, stopped, tuple(pending), self._goal, self._choice)
+            found = Found(self._whole, stopped, tuple(pending), self._goal, self._choice)
             self._progress.study_finished(found)
             return found
 
@@ -382,7 +386,7 @@ class _Search:
         self._undecided = {
             setting: one
             for setting, one in stored.tried.items()
-            if one.goes_on(prompts) and self._can_tell(one.candidate)
+            if one.goes_on(prompts) and _may_hold(stored, one, len(prompts) - one.images)
         }
         settled = {
             number: one
@@ -390,6 +394,11 @@ class _Search:
             if stored.trials[number].setting not in self._undecided
         }
         return replace(stored, configuration=self._configuration, verifications=settled)
+
+    @property
+    def _whole(self) -> StoredStudy:
+        """The study with all verifications, as others see it."""
+        return replace(self._stored, verifications=self._verifications)
 
     def _known(self) -> dict[Setting, StoredTrial]:
         """What is measured already, by setting."""
@@ -586,18 +595,13 @@ class _Search:
         if self._worker.due():
             reconcile(self._study, self._worker)
         self._stored, self._repeated = self._read(), trial.repeated
-        self._progress.trial_finished(self._stored)
+        self._progress.trial_finished(self._whole)
         if isinstance(trial.error, BaselineError):
             raise trial.error
         measured = self._stored.measured
         failures = [one for one in measured if one.outcome is Outcome.FAILED]
         if trial.error and not trial.repeated and len(failures) == len(measured) >= _HOPELESS:
             raise TrialError(f"all {len(failures)} trials failed, the last with {trial.error}")
-
-    def _candidate(self) -> StoredTrial | None:
-        """The answer, where held-out prompts are to be asked about it and can tell of it."""
-        untried = self._untried()
-        return None if untried is None or not self._can_tell(self._share(untried)) else untried
 
     def _untried(self) -> StoredTrial | None:
         """The answer, where the plan holds prompts out and they have not been asked about it."""
@@ -615,10 +619,12 @@ class _Search:
         begun = self._undecided.get(trial.setting)
         return len(self._verifications) if begun is None else begun.candidate
 
-    def _can_tell(self, candidate: int) -> bool:
-        """Whether there are held-out prompts enough to verify the `candidate`-th setting."""
+    def _can_tell(self, trial: StoredTrial) -> bool:
+        """Whether there are held-out prompts enough to verify a trial."""
+        if trial.setting in self._undecided:
+            return True
+        candidate, count = self._share(trial), len(self._configuration.held_out_prompts)
         needed = held_out_needed(self._configuration, candidate)
-        count = len(self._configuration.held_out_prompts)
         return candidate < _CANDIDATES_VERIFIED and needed is not None and needed <= count
 
     def _warn_untried(self) -> None:
@@ -630,11 +636,11 @@ class _Search:
         told = f"trial {untried.number} is not verified, since the {count} held-out prompts "
         if candidate >= _CANDIDATES_VERIFIED:
             self._progress.warned(f"{told}were asked about {candidate} others, and no more are")
-        elif not self._can_tell(candidate):
+        elif not self._can_tell(untried):
             needed = held_out_needed(self._configuration, candidate)
             self._progress.warned(
                 f"{told}are too few for another after {candidate}: held_out_images must be "
-                f">= {needed}"
+                f">= {needed}, and more for a setting that loses anything"
             )
 
     def _verify(self, candidate: StoredTrial) -> bool:
@@ -646,8 +652,8 @@ class _Search:
         try:
             # What others have verified meanwhile has its share, and may have changed the answer.
             self._stored = self._read()
-            best = self._candidate()
-            if best is None or best.number != candidate.number:
+            best = self._untried()
+            if best is None or best.number != candidate.number or not self._can_tell(best):
                 return True
             begun, share, failure = self._undecided.get(best.setting), self._share(best), None
             scores = () if begun is None else begun.scores
@@ -657,7 +663,7 @@ class _Search:
                 raise
             except TrialError as error:
                 # Not confirmed, and so no answer: its images of other prompts are unusable.
-                scores, failure = (), error.reason
+                failure = error.reason
             record_verification(
                 self._study,
                 best.number if begun is None else begun.trial,
@@ -669,9 +675,10 @@ class _Search:
             self._stored = self._read()
         finally:
             self._worker.release()
-        verification = self._stored.verification(best)
-        assert verification is not None
-        self._progress.verified(self._stored, verification)
+        verification = self._whole.verification(best)
+        if verification is None:  # a worker that was taken for dead has written over it
+            return True
+        self._progress.verified(self._whole, verification)
         return not verification.verified
 
 
@@ -788,6 +795,20 @@ class _Trial:
             images[places],
             [configuration.order[place] for place in places],
         )
+
+
+def _may_hold(study: StoredStudy, verification: Verification, more: int) -> bool:
+    """Whether so many more held-out prompts verify an undecided trial, if it loses on none."""
+    searched = study.trials[verification.trial].measurement
+    assert searched is not None
+    best = judge_held_out(
+        verification.scores,
+        searched.scores,
+        study.configuration.budgets,
+        verification.candidate,
+        lossless=more,
+    )
+    return best.verdict is Verdict.WITHIN
 
 
 def _told_by(measurement: Measurement) -> tuple[int, int]:

@@ -285,7 +285,8 @@ def test_another_studys_bound_does_not_stay_beside_the_params_of_one_without(
     with pytest.raises(ExportError, match="must not mix studies"):
         exported(database, out)
     assert json.loads((out / BOUNDS).read_text()) == elsewhere
-    export(database, out, artifacts=out.parent / "artifacts", names=[study.study_name])
+    found = export(database, out, artifacts=out.parent / "artifacts", names=[study.study_name])
+    assert found.dropped == (BOUND,)
     assert entries(out)[0] == {}
     assert len(entries(out)[1]) == 1
 

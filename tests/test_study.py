@@ -41,7 +41,7 @@ from accelsearch.measurement import (
 )
 from accelsearch.methods import Parameter, applied
 from accelsearch.objective import Result, environment_of
-from accelsearch.queries import bounded
+from accelsearch.queries import bounded, verification_told
 from accelsearch.storage import (
     Outcome,
     StoredStudy,
@@ -1432,6 +1432,49 @@ def test_an_undecided_verification_goes_on_where_there_are_more_held_out_prompts
     assert (again.held_out, again.known) == ([(3, 0)], [len(HELD_OUT)])
     verification = found.study.verifications[0]
     assert (verification.verified, verification.candidate, verification.images) == (True, 0, 400)
+
+
+def test_what_more_held_out_prompts_cannot_verify_is_not_gone_on_with(lab: Lab) -> None:
+    class Ruined(Judged):
+        def held_out_scores(
+            self, params: Params, known: tuple[Scores, ...] = ()
+        ) -> tuple[Scores, ...]:
+            (found,) = super().held_out_scores(params, known)
+            # One prompt loses more than is taken to be possible.
+            return (replace(found, accelerated=(10.0, *found.accelerated[1:])),)
+
+    found = lab.search(Ruined(), trials=1, held_out_prompts=HELD_OUT)
+    verification = found.study.verifications[0]
+    assert not verification.verified
+    assert not verification.undecided
+    told = verification_told(found.study, verification)
+    assert "one of them with a loss beyond the budget's bound" in told
+    again = Ruined()
+    lab.search(again, trials=1, held_out_prompts=tuple(f"held out {n}" for n in range(400)))
+    assert again.held_out == []
+
+
+def test_a_few_prompts_that_cannot_make_up_for_those_seen_are_not_asked(lab: Lab) -> None:
+    bench = Judged({3: 0.034})
+    lab.search(bench, trials=1, held_out_prompts=HELD_OUT)
+    assert bench.held_out == [(3, 0)]
+    found = lab.search(bench, trials=1, held_out_prompts=(*HELD_OUT, "one more"))
+    assert bench.held_out == [(3, 0)]
+    assert found.study.verifications[0].undecided
+
+
+def test_what_a_search_tells_has_the_verifications_that_it_does_not_go_on_with(lab: Lab) -> None:
+    losses, more = {3: 0.03}, (*HELD_OUT, *(f"one more {n}" for n in range(250)))
+    first = lab.search(Judged(losses), trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert first.best is not None
+    assert first.study.verifications[first.best.number].verified
+    bench = Judged(losses)
+    found = lab.search(bench, trials=12, goal=0.8, choice="closest", held_out_prompts=more)
+    assert (3, 0) not in bench.held_out
+    (stored,) = read_studies(open_storage(lab.url))
+    assert found.study.verifications == stored.verifications
+    assert found.best is not None
+    assert found.best.number == first.best.number
 
 
 def test_an_undecided_verification_on_other_prompts_is_not_gone_on_with(lab: Lab) -> None:

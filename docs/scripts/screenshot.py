@@ -60,7 +60,10 @@ def served(where: Sequence[str]) -> Iterator[str]:
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        yield next(word for line in server.stdout for word in line.split() if "://" in word)
+        words = (word for line in server.stdout for word in line.split())
+        url = next((word for word in words if "://" in word), None)
+        assert url is not None, "the dashboard did not start"
+        yield url
     finally:
         server.terminate()
         server.wait()
