@@ -1032,11 +1032,11 @@ def _searched(
 def _bounds_told(exported: Exported) -> Iterator[str]:
     """What an export says of the bounds that it did not write."""
     for key in exported.dropped:
-        yield f"the bound {key} is taken out: it is another study's, measured elsewhere"
+        yield f"the bound {key} is taken out: it is another study's"
     for name in exported.unbounded:
         yield (
             f"no bound: no search for the largest speedup of {name} has ended, and an older entry "
-            "stays as it was; run `accelsearch bounds`"
+            "of this study stays as it was; run `accelsearch bounds`"
         )
 
 

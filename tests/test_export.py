@@ -252,12 +252,18 @@ def test_the_files_are_the_contract_to_its_own_reader(database: BaseStorage, out
     assert len(contract.read(found.bounds)) == len(contract.read(found.params)) == 2
 
 
-def test_a_study_that_was_searched_for_targets_alone_has_params_and_leaves_an_old_bound_as_it_was(
-    database: BaseStorage, out: Path
-) -> None:
+def searched_for_a_target(database: BaseStorage) -> optuna.Study:
+    """A study that has an answer, and no bound."""
     study = started(database)
     add_trial(study, 1.5, 0.01)
     say_bounded(study, False)
+    return study
+
+
+def test_a_study_that_was_searched_for_targets_alone_has_params_and_leaves_an_old_bound_as_it_was(
+    database: BaseStorage, out: Path
+) -> None:
+    study = searched_for_a_target(database)
     found = exported(database, out)
     assert found.unbounded == (study.study_name,)
     assert entries(out)[0] == {}
@@ -276,9 +282,7 @@ def test_a_study_that_was_searched_for_targets_alone_has_params_and_leaves_an_ol
 def test_another_studys_bound_does_not_stay_beside_the_params_of_one_without(
     database: BaseStorage, out: Path
 ) -> None:
-    study = started(database)
-    add_trial(study, 1.5, 0.01)
-    say_bounded(study, False)
+    study = searched_for_a_target(database)
     elsewhere = {BOUND: {"max_speedup": 2.75, "study": "the same on another GPU"}}
     out.mkdir(exist_ok=True)
     (out / BOUNDS).write_text(json.dumps(elsewhere))

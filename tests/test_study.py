@@ -1338,6 +1338,15 @@ class Judged(Stand):
         return (Scores("clip_score", (50.0,) * count, (50 * (1 - loss),) * count),)
 
 
+def fewest(lab: Lab) -> tuple[str, ...]:
+    """So few held-out prompts that a second setting, with less of the error, cannot be verified."""
+    with pytest.raises(PlanError) as refused:
+        lab.search(Judged(), held_out_prompts=HELD_OUT[:5])
+    told = re.search(r">= (\d+)", str(refused.value))
+    assert told is not None
+    return HELD_OUT[: int(told[1])]
+
+
 def test_the_best_trial_is_verified_once_on_held_out_prompts(lab: Lab) -> None:
     bench, events = Judged(), Events()
     found = lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
@@ -1374,12 +1383,7 @@ class TimedAndJudged(Timed, Judged):
 def test_a_verified_setting_that_is_timed_on_stays_verified_and_is_not_tried_again(
     lab: Lab,
 ) -> None:
-    with pytest.raises(PlanError) as refused:
-        lab.search(TimedAndJudged(), held_out_prompts=HELD_OUT[:5])
-    told = re.search(r">= (\d+)", str(refused.value))
-    assert told is not None
-    # So few that a second try, with less of the error, could verify nothing.
-    few = HELD_OUT[: int(told[1])]
+    few = fewest(lab)
     first = lab.search(TimedAndJudged(), trials=12, sampler="grid", goal=1.2, held_out_prompts=few)
     assert first.answer is not None
     bench = TimedAndJudged()
@@ -1486,13 +1490,8 @@ def test_an_undecided_verification_on_other_prompts_is_not_gone_on_with(lab: Lab
 
 
 def test_a_setting_that_too_few_prompts_are_left_for_is_not_tried_on_them(lab: Lab) -> None:
-    with pytest.raises(PlanError) as refused:
-        lab.search(Judged(), held_out_prompts=HELD_OUT[:5])
-    told = re.search(r">= (\d+)", str(refused.value))
-    assert told is not None
     bench, events = Judged({3: 0.2}), Events()
-    few = HELD_OUT[: int(told[1])]
-    lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=few)
+    lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=fewest(lab))
     assert bench.held_out == [(3, 0)]
     (warning,) = [one for one in events.told if "is not verified" in one]
     needed = re.search(r"too few for another after 1: held_out_images must be >= (\d+)", warning)
@@ -1554,6 +1553,22 @@ def test_while_one_worker_verifies_another_waits_for_what_comes_of_it(lab: Lab) 
     lab.search(Beside(), trials=12, sampler="grid", held_out_prompts=HELD_OUT)
     assert [found.stopped for found in beside] == [OTHERS]
     assert beside[0].pending
+    assert other.held_out == []
+
+
+def test_a_worker_with_too_few_held_out_prompts_waits_for_another_that_verifies(lab: Lab) -> None:
+    few, beside, other = fewest(lab), list[Found](), Judged({3: 0.2})
+
+    class Beside(Judged):
+        def held_out_scores(
+            self, params: Params, known: tuple[Scores, ...] = ()
+        ) -> tuple[Scores, ...]:
+            if self.held_out:  # the first was refuted
+                beside.append(lab.search(other, trials=12, sampler="grid", held_out_prompts=few))
+            return super().held_out_scores(params, known)
+
+    lab.search(Beside({3: 0.2}), trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert {found.stopped for found in beside} == {OTHERS}
     assert other.held_out == []
 
 
