@@ -13,6 +13,7 @@ import zipfile
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,7 +127,8 @@ def telling(measurement: Measurement, configuration: Configuration, images: int)
 
 def keep_picture(folder: Path, trial: optuna.Trial, picture: Image.Image) -> None:
     """Store a comparison among a running trial's artifacts, where optuna-dashboard shows it."""
-    _keep(folder, trial, _NAME, "image/png", picture.save)
+    write = partial(picture.save, compress_level=1)  # quick, since a GPU waits for it
+    _keep(folder, trial, _NAME, "image/png", write)
 
 
 def keep_pairs(
@@ -262,11 +264,15 @@ def _image(pixels: torch.Tensor) -> Image.Image:
 
 
 def _webp(image: Image.Image) -> bytes:
-    """Small images to the last bit; large ones reduced, and compressed so that nobody sees it."""
+    """Small images to the last bit; large ones reduced, and compressed so that nobody sees it.
+
+    A GPU waits for this: the quickest method is 4 to 15 times as quick as the usual one, for small
+    files that are a quarter larger and large ones that are not.
+    """
     small = max(image.size) <= _LOSSLESS
     image.thumbnail((_LARGEST, _LARGEST))
     file = io.BytesIO()
-    image.save(file, "WEBP", lossless=small, quality=80 if small else 88)
+    image.save(file, "WEBP", lossless=small, quality=80 if small else 88, method=0)
     return file.getvalue()
 
 

@@ -81,8 +81,9 @@ def ours(*methods: str, **params: Any) -> Setting:
     return Setting(name, methods, {**given, **params})
 
 
-def settings(pipeline: str) -> list[Setting]:
+def settings(pipeline: str, steps: int) -> list[Setting]:
     """The rows of one pipeline; the more expensive one gets fewer."""
+    half, third = steps // 2, round(steps / 3)
     rows = [
         Setting(LIBRARY, otherwise=helper),
         ours("compile", "deepcache"),
@@ -90,12 +91,12 @@ def settings(pipeline: str) -> list[Setting]:
         ours("deepcache"),
         ours("tome"),
         ours("tgate"),
-        Setting("25 steps", otherwise=lambda pipe: fewer_steps(pipe, 25)),
+        Setting(f"{half} steps", otherwise=lambda pipe: fewer_steps(pipe, half)),
         ours("compile", "deepcache", "tgate", "tome"),
     ]
     if pipeline == "StableDiffusionPipeline":
         rows += [
-            Setting("17 steps", otherwise=lambda pipe: fewer_steps(pipe, 17)),
+            Setting(f"{third} steps", otherwise=lambda pipe: fewer_steps(pipe, third)),
             ours("compile", "deepcache", mode="eager", channels_last=False),
             ours("compile", "tgate"),
             ours("compile", "tome"),
@@ -309,7 +310,8 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
         flush=True,
     )
     rows, images, plain_loops, profiles = [], {}, {}, {}
-    wanted = [one for one in settings(name) if not options.row or one.name in options.row]
+    rows_of = settings(name, options.steps)
+    wanted = [one for one in rows_of if not options.row or one.name in options.row]
     left_out = []
     started = time.monotonic()
     for setting in wanted:
@@ -324,7 +326,7 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
             baseline_s = timing.latency.baseline_median_s
             print(f"| none | - | 1 | {baseline_s:.3f} | {baseline_memory / 1e9:.1f} | - |")
         print(shown(rows[-1]), flush=True)
-        if setting.name in BY_HAND:
+        if setting.name in BY_HAND and not options.no_plain_loop:
             by_hand = plain_loop(pipeline, configuration, BY_HAND[setting.name])
             print(f"plain loop {by_hand:.3f}x", file=sys.stderr, flush=True)
             plain_loops[setting.name] = by_hand
@@ -359,7 +361,8 @@ def benchmark(name: str, options: argparse.Namespace, device: torch.device) -> d
         print("|---|" + "---|" * len(profiles))
         for kind in [*KERNELS, "other kernels", "GPU idle", "in all"]:
             print(f"| {kind} | {' | '.join(f'{one[kind]:.3f}' for one in profiles.values())} |")
-    print("\n| library by hand | plain loop | this product | ratio |\n|---|---|---|---|")
+    if plain_loops:
+        print("\n| library by hand | plain loop | this product | ratio |\n|---|---|---|---|")
     for told, plain in result["plain_loop"].items():
         product = by_name[told]["speedup"]
         print(f"| {told} | {plain:.3f}x | {product:.3f}x | {product / plain:.3f} |")
@@ -452,6 +455,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="begin no row of a pipeline after so many")
     parser.add_argument("--profile", action="store_true", help="where DeepCache's time goes")
     parser.add_argument("--bundled", action="store_true", help="compare images of that model too")
+    parser.add_argument(
+        "--no-plain-loop", action="store_true", help="time the libraries by the product alone"
+    )
     parser.add_argument("--dry-run", action="store_true", help="toys of these shapes, anywhere")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args()

@@ -6,9 +6,9 @@ Every setting is timed in pairs with the baseline, from an idle device to an idl
 search does, and the images of those calls are scored, prompt by prompt. A call is timed on one
 batch of prompts after the other, so that all prompts have their image after as many calls.
 
-A baseline call takes several times as long as the accelerated ones, and where the host launches
-its kernels slowly it varies more. So a pair may hold several accelerated calls, which tell one
-setting from another: `--calls`.
+A call holds as many images as there are prompts: few large kernels, so that the GPU sets its pace
+and not a host that launches them slowly. A baseline call takes several times as long as the
+accelerated ones, which tell one setting from another. So a pair may hold several of them: `--calls`.
 
 The file is an .npz without pickled objects; G settings, P pairs of C accelerated calls each, N
 prompts, B calls of a batch:
@@ -59,7 +59,8 @@ from accelsearch.methods import METHODS, Parameter, Value
 
 PLAN = Path(__file__).parent.parent / "studies" / "shapes-demo.toml"
 DATA = Path(__file__).parent / "data"
-SPLITS = ("search", "verification", "truth")  # equal and disjoint, in the order of the prompts
+# Sixths of the prompts, in their order. The truth must be the surest.
+SPLITS = {"search": 1, "verification": 2, "truth": 3}
 METRICS = ("clip_score", "psnr", "ssim")
 STEPS = 20
 _FEWEST = 3  # pairs of a setting
@@ -95,10 +96,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/data/METHODS.npz")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
-    parser.add_argument("--prompts", type=int, default=288, help="of all three splits together")
-    parser.add_argument("--batch", type=int, default=288, help="images of one call")
-    parser.add_argument("--pairs", type=int, default=6, help="no fewer than calls for all prompts")
-    parser.add_argument("--calls", type=int, default=1, help="accelerated ones in each pair")
+    parser.add_argument("--prompts", type=int, default=576, help="of all three splits together")
+    parser.add_argument("--batch", type=int, default=576, help="images of one call")
+    parser.add_argument("--pairs", type=int, default=1, help="no fewer than calls for all prompts")
+    parser.add_argument("--calls", type=int, default=2, help="accelerated ones in each pair")
     parser.add_argument("--limit", type=int, help="record so many settings, evenly spread")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the file, on the same machine"
@@ -110,8 +111,9 @@ def main() -> int:
         help="seconds in all: it leaves fewer pairs of each setting, and then fewer settings",
     )
     options = parser.parse_args()
-    if options.prompts % len(SPLITS) or options.prompts % options.batch:
-        parser.error("--prompts must be a multiple of 3, the splits, and of --batch")
+    shares = sum(SPLITS.values())
+    if options.prompts % shares or options.prompts % options.batch:
+        parser.error(f"--prompts must be a multiple of {shares}, the splits, and of --batch")
     configuration = configured(options)
     recorder = Recorder(configuration, options.pairs, options.calls)
     grid = grid_of(recorder.space)
@@ -147,7 +149,7 @@ def main() -> int:
                 took_s = time.monotonic() - began
                 left_s = took_s * (len(rows) / done - 1)
                 print(f"{done}/{len(rows)}  {took_s:.0f} s, {left_s:.0f} left", flush=True)
-            if len(recorded) % 50 == 0:
+            if len(recorded) % 25 == 0:
                 write(out, meta, recorder, grid, recorded)
     finally:
         if recorded:
@@ -192,7 +194,8 @@ def described(configuration: Configuration, recorder: Recorder, grid: int) -> di
     """
     libraries = {name for method in configuration.methods for name in METHODS[method].libraries}
     environment = pipelines.detect_environment(recorder.pipeline.device, libraries)
-    size = configuration.images // len(SPLITS)
+    sixth = configuration.images // sum(SPLITS.values())
+    ends = [sixth * end for end in itertools.accumulate(SPLITS.values(), initial=0)]
     return {
         "format": FORMAT,
         "environment": environment.to_dict(),
@@ -211,7 +214,7 @@ def described(configuration: Configuration, recorder: Recorder, grid: int) -> di
         "prompts": configuration.prompts_name,
         "prompts_sha256": hashlib.sha256("\n".join(recorder.prompts).encode()).hexdigest(),
         "seed": configuration.seed,
-        "splits": {name: [i * size, (i + 1) * size] for i, name in enumerate(SPLITS)},
+        "splits": dict(zip(SPLITS, itertools.pairwise(ends), strict=True)),
         "calls": recorder.calls,
         "one_by_one_s": recorder.one_by_one_s,  # of scoring one image by accelsearch.quality
     }
@@ -260,7 +263,7 @@ class Recorder:
         # baseline's, and scoring little beside them.
         calls = 0.9 * setting_s / min(self.baseline_image_s)
         affordable = int(min((calls - 2 / 3) / (1 + 2 / 3 * self.calls), self.pairs))
-        self.pairs = max(affordable, len(self.batches), _FEWEST)
+        self.pairs = max(affordable, len(self.batches), min(_FEWEST, self.pairs))
 
     @property
     def space(self) -> tuple[Parameter, ...]:

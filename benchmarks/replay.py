@@ -9,9 +9,9 @@ random order. It is charged the seconds of the calls that it looked at.
 - The seconds of a call are in proportion to its prompts: `--batch` of them, where the table has
   the seconds of many. A GPU that is busy behaves so. Every call of a setting is charged the same,
   the baseline's median over the setting's speedup.
-- Pairs are drawn around a setting's speedup, with the recorded residuals of all settings and a
-  random sign. They are inflated for the few pairs that they come from. The speedup itself is that
-  of the setting's calls beside all of the baseline's.
+- A setting's speedup is that of its calls beside all of the baseline's. Pairs are drawn around it
+  with a random sign of what a baseline call was off all of them, and an accelerated call off its
+  setting's; the latter is inflated for the few calls that it comes from.
 - The images of timed calls are scored, for every strategy. The baseline's images and scores are
   charged once. So each setting that is measured in full costs 6 pairs and one warm-up call, which
   is less than with calls for images alone, as the old way made them.
@@ -118,13 +118,12 @@ def table_of(path: Path, budgets: Sequence[Budget], noise: float = 1.0) -> Table
     # A baseline call waits for the host's launches, which vary from one call to the next; one
     # replayed from CUDA graphs does not. So a setting's speedup is told by its own calls beside
     # all of the baseline's, which no setting changes.
-    baseline = np.log(arrays["baseline_s"][~failed]).mean()
-    speedup = np.exp(baseline - np.log(arrays["accelerated_s"]).mean(1))
+    baseline, own = np.log(arrays["baseline_s"]), np.log(arrays["accelerated_s"])
+    level, calls = baseline[~failed].mean(), own.shape[1]
+    speedup = np.exp(level - own.mean(1))
+    off = (own - own.mean(1, keepdims=True)) * math.sqrt(calls / max(calls - 1, 1))
     # Of several accelerated calls in a pair, the first: a search makes one.
-    beside = arrays["accelerated_s"][:, :: meta.get("calls", 1)]
-    ratios = np.log(arrays["baseline_s"] / beside)[~failed]
-    pairs = ratios.shape[1]
-    residuals = ratios - ratios.mean(1, keepdims=True)
+    residuals = (baseline - level - off[:, :: meta.get("calls", 1)])[~failed]
     prompts = len(arrays["baseline_clip_score"]) // len(arrays["baseline_image_s"])
     baseline_s = float(np.nanmedian(arrays["baseline_s"])) / prompts
     splits = {name: slice(*ends) for name, ends in meta["splits"].items()}
@@ -135,7 +134,7 @@ def table_of(path: Path, budgets: Sequence[Budget], noise: float = 1.0) -> Table
         tuple(budgets),
         failed,
         speedup,
-        noise * residuals.ravel() * math.sqrt(pairs / max(pairs - 1, 1)),
+        noise * residuals.ravel(),
         baseline_s,
         baseline_s / np.where(failed, 1.0, speedup),
         float(np.nanmedian(arrays["score_s"])) / prompts,

@@ -100,7 +100,7 @@ class _Graph(NamedTuple):
 
     graph: torch.cuda.CUDAGraph
     output: Any
-    held: frozenset[Hashable]  # what is kept once it has run
+    held: frozenset[tuple[Hashable, torch.Size]]  # what is kept once it has run
 
 
 @dataclass

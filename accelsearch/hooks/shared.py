@@ -110,36 +110,51 @@ class Kept:
 
     As a rule the tensor itself is kept. Work that is captured in a CUDA graph reads and writes
     the addresses that it was captured with: while `buffers` is a dict, each tensor is copied into
-    a buffer in there, which is never freed. `held` names what this pipeline call has kept so far;
-    a buffer that is not held is left over from an earlier call. `generators` are the sources of
-    chance by device, one each, because captured work goes on drawing from the one that it knew.
+    a buffer in there, which is never freed. `generators` are the sources of chance by device, one
+    each, because captured work goes on drawing from the one that it knew.
     """
 
     def __init__(self) -> None:
-        self.held: frozenset[Hashable] = frozenset()
         self.buffers: dict[Hashable, torch.Tensor] | None = None
         self.generators: dict[torch.device, torch.Generator] = {}
         self._tensors: dict[Hashable, torch.Tensor] = {}
+        self._shapes: dict[Hashable, torch.Size] = {}
+
+    @property
+    def held(self) -> frozenset[tuple[Hashable, torch.Size]]:
+        """What this pipeline call has kept so far, and of which shape.
+
+        A buffer that is not held is left over from an earlier call. By shape there are several:
+        what an attention puts out is shorter with merged tokens than without.
+        """
+        return frozenset(self._shapes.items())
+
+    @held.setter
+    def held(self, held: frozenset[tuple[Hashable, torch.Size]]) -> None:
+        self._shapes = dict(held)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self.held
+        return key in self._shapes
 
     def __getitem__(self, key: Hashable) -> torch.Tensor:
-        return (self._tensors if self.buffers is None else self.buffers)[key]
+        if self.buffers is None:
+            return self._tensors[key]
+        return self.buffers[key, self._shapes[key]]
 
     def __setitem__(self, key: Hashable, tensor: torch.Tensor) -> None:
-        self.held |= {key}
+        self._shapes[key] = tensor.shape
+        place = (key, tensor.shape)
         if self.buffers is None:
             self._tensors[key] = tensor
-        elif key in self.buffers:
-            self.buffers[key].copy_(tensor)
+        elif place in self.buffers:
+            self.buffers[place].copy_(tensor)
         else:
-            self.buffers[key] = tensor.clone()
+            self.buffers[place] = tensor.clone()
 
     def drop(self, *keys: Hashable) -> None:
         """Keep these no longer; without any, nothing at all."""
-        self.held = self.held.difference(keys or self.held)
-        for key in keys or tuple(self._tensors):
+        for key in keys or tuple(self._shapes):
+            self._shapes.pop(key, None)
             self._tensors.pop(key, None)
 
     def generator(self, device: torch.device, seed: int) -> torch.Generator:

@@ -231,10 +231,15 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
 
     def capture(_: Any, forward: Callable[..., Any], kept: Any, inputs: Any) -> Any:
         held = kept.held
+        chances = {one: one.get_state() for one in kept.generators.values()}
         args, kwargs = inputs
         forward(*args, **kwargs)
         kept.held = held
+        for generator, state in chances.items():
+            generator.set_state(state)
         found.append(Recorded(forward, inputs))
+        for generator, state in chances.items():
+            generator.set_state(state)
         captured = compile_hook._Graph(found[-1], found[-1].output, kept.held)  # type: ignore[arg-type]
         kept.held = held
         return captured
@@ -281,6 +286,27 @@ def test_each_kind_of_step_is_captured_once_and_replays_in_every_setting(
             close(images(pipeline, steps=6), image, baseline)
     assert len(captures) == captured
     assert torch.equal(images(pipeline, steps=6), baseline)
+
+
+def test_tensors_that_are_kept_may_have_another_shape_in_another_setting(
+    make_pipeline: MakePipeline, captures: list[Recorded]
+) -> None:
+    pipeline = make_pipeline()
+    run = run_of(pipeline, 6)
+    settings: list[tuple[list[str], dict[str, Any]]] = [
+        (["tgate", "tome"], SETTINGS["tgate"] | {"ratio": 0.5, "max_downsample": 2}),
+        (["tgate"], SETTINGS["tgate"]),
+        (["tgate", "tome"], SETTINGS["tgate"] | {"ratio": 0.25, "max_downsample": 1}),
+    ]
+    baseline = images(pipeline, steps=6)
+    expected = []
+    for names, params in settings:
+        with applied(pipeline, params, names, run):
+            expected.append(images(pipeline, steps=6))
+    for _ in range(2):
+        for (names, params), image in zip(settings, expected, strict=True):
+            with applied(pipeline, params | NO_MODE, [*names, "compile"], run):
+                close(images(pipeline, steps=6), image, baseline)
 
 
 def test_what_changes_between_applications_is_not_forgotten(
