@@ -8,7 +8,7 @@ batch of prompts after the other, so that all prompts have their image after as 
 
 A call holds as many images as there are prompts: few large kernels, so that the GPU sets its pace
 and not a host that launches them slowly. A baseline call takes several times as long as the
-accelerated ones, which tell one setting from another. So a pair may hold several of them: `--calls`.
+accelerated ones, which tell one setting from another. So a pair may hold several: `--calls`.
 
 The file is an .npz without pickled objects; G settings, P pairs of C accelerated calls each, N
 prompts, B calls of a batch:
