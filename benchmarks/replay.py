@@ -9,9 +9,9 @@ random order. It is charged the seconds of the calls that it looked at.
 - The seconds of a call are in proportion to its prompts: `--batch` of them, where the table has
   the seconds of many. A GPU that is busy behaves so. Every call of a setting is charged the same,
   the baseline's median over the setting's speedup.
-- A setting's speedup is that of its calls beside all of the baseline's. Pairs are drawn around it
-  with a random sign of what a baseline call was off all of them, and an accelerated call off its
-  setting's; the latter is inflated for the few calls that it comes from.
+- A setting's speedup is that of its calls beside all of the baseline's. Pairs are drawn around it,
+  with a random sign, by what one recorded pair told otherwise than the next, over the square root
+  of two. What an accelerated call was off its setting's is inflated for the few that there are.
 - The images of timed calls are scored, for every strategy. The baseline's images and scores are
   charged once. So each setting that is measured in full costs 6 pairs and one warm-up call, which
   is less than with calls for images alone, as the old way made them.
@@ -122,8 +122,10 @@ def table_of(path: Path, budgets: Sequence[Budget], noise: float = 1.0) -> Table
     level, calls = baseline[~failed].mean(), own.shape[1]
     speedup = np.exp(level - own.mean(1))
     off = (own - own.mean(1, keepdims=True)) * math.sqrt(calls / max(calls - 1, 1))
-    # Of several accelerated calls in a pair, the first: a search makes one.
-    residuals = (baseline - level - off[:, :: meta.get("calls", 1)])[~failed]
+    # Of several accelerated calls in a pair, the first: a search makes one. The differences of one
+    # pair to the next do not hold what changes over minutes.
+    order = np.argsort(np.where(failed, np.inf, arrays["visited"]))[: np.sum(~failed)]
+    residuals = np.diff((baseline - off[:, :: meta.get("calls", 1)])[order].ravel()) / math.sqrt(2)
     prompts = len(arrays["baseline_clip_score"]) // len(arrays["baseline_image_s"])
     baseline_s = float(np.nanmedian(arrays["baseline_s"])) / prompts
     splits = {name: slice(*ends) for name, ends in meta["splits"].items()}
@@ -134,7 +136,7 @@ def table_of(path: Path, budgets: Sequence[Budget], noise: float = 1.0) -> Table
         tuple(budgets),
         failed,
         speedup,
-        noise * residuals.ravel(),
+        noise * residuals,
         baseline_s,
         baseline_s / np.where(failed, 1.0, speedup),
         float(np.nanmedian(arrays["score_s"])) / prompts,

@@ -58,6 +58,7 @@ def path(tmp_path: Path) -> Path:
         path,
         meta=np.array(json.dumps(meta)),
         settings=np.array(grid, "int16"),
+        visited=np.arange(len(grid), dtype="int16"),
         failed=failed,
         baseline_s=baseline,
         accelerated_s=baseline / (speedup[:, None] * np.exp(noise)),
@@ -80,6 +81,33 @@ def test_the_reference_is_the_fastest_that_surely_keeps_the_budget(replay: Any, 
     strict = replay.table_of(path, [Budget(metric="ssim", max_loss=0.03)])
     assert strict.settings[strict.reference] == {"cache_interval": 3, "cache_branch_id": 0}
     assert replay.table_of(path, [Budget(metric="ssim", max_loss=1e-6)]).reference is None
+
+
+@pytest.mark.parametrize(("pairs", "calls"), [(1, 2), (2, 1), (3, 3)])
+def test_the_noise_of_a_pair_holds_neither_settings_nor_what_changes_over_minutes(
+    replay: Any, path: Path, pairs: int, calls: int
+) -> None:
+    rng = np.random.default_rng(1)
+    with np.load(path) as file:
+        arrays = dict(file)
+    grid, repeats = len(arrays["failed"]), 400 // pairs  # of the grid, for a sure estimate
+    count = repeats * grid
+    for name, values in arrays.items():
+        if values.ndim and len(values) == grid:
+            arrays[name] = np.repeat(values, repeats, axis=0)
+    visited = rng.permutation(count)
+    drift = np.exp(visited / count)[:, None]  # by the end all takes 2.7 times as long
+    speedup = arrays["baseline_s"][:, :1] / arrays["accelerated_s"][:, :1]
+    arrays |= {
+        "meta": np.array(json.dumps(json.loads(str(arrays["meta"])) | {"calls": calls})),
+        "visited": visited.astype("int16"),
+        "baseline_s": drift * np.exp(rng.normal(0, 0.08, (count, pairs))),
+        "accelerated_s": drift / speedup * np.exp(rng.normal(0, 0.06, (count, pairs * calls))),
+    }
+    np.savez(path, **arrays)
+    noise = replay.table_of(path, [BUDGET]).residuals
+    assert noise.std() == pytest.approx(math.hypot(0.08, 0.06), rel=0.1)
+    assert abs(noise.mean()) < 0.01
 
 
 def test_a_full_measurement_is_charged_a_warm_up_and_six_pairs(replay: Any, path: Path) -> None:
