@@ -1058,6 +1058,23 @@ def test_target_takes_one_set_of_methods_and_exports_to_a_folder(
     assert "must be one of the plan's sets, got 'deepcach'; did you mean 'deepcache'?" in said
 
 
+def test_an_export_tells_which_bound_of_another_study_it_takes_out(
+    run: Run, write_plan: WritePlan
+) -> None:
+    plan = write_plan()
+    run("bounds", plan)
+    assert run("export", plan, "--out", "found").code == 0
+    bounds = Path("found/speedup_bounds.json")
+    (key, entry) = next(iter(json.loads(bounds.read_text()).items()))
+    bounds.write_text(json.dumps({key: entry | {"study": "the same on another GPU"}}))
+    ran = run(
+        "target", plan, "--speedup", "0.01", "--storage", "sqlite:///new.db", "--out", "found"
+    )
+    assert ran.code == 0, ran.err
+    assert f"the bound {key} is taken out: it is another study's" in ran.err
+    assert json.loads(bounds.read_text()) == {}
+
+
 def test_run_with_nothing_feasible_is_exit_code_1(run: Run, write_plan: WritePlan) -> None:
     ran = run("run", write_plan(budgets='[{ metric = "ssim", max_loss = 0.0 }]'), "--out", "demo")
     assert ran.code == 1
