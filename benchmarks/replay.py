@@ -23,7 +23,8 @@ upper end of its 95 % interval (one-sided, Student's t). A strategy has reached 
 setting that it holds for within the budget, by its own measurements, has 98 % of the reference's
 speedup; settings whose mean loss on the truth split is over the budget are passed over in this,
 as verification should. Exported is the fastest that `budget.verify` confirms on the verification
-split, with `candidate_alpha`.
+split, with `candidate_alpha`: of all that it holds, or, for ours, of what it goes on to find where
+its answers are refuted, at most six.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ METRICS = {"clip_score": ClipScore(), "psnr": Psnr(), "ssim": Ssim()}
 BUDGETS = ("clip_score=0.02:0.1", "clip_score=0.005:0.1", "ssim=0.03:0.2", "psnr=25:30")
 MIN_PAIRS, MAX_PAIRS, PRECISION = 6, 40, 0.03  # the product's
 FIRST_LOOK = 8  # prompts
+CANDIDATES = 6  # asked about on the verification split, by ours
 WARM_UP_ERROR = 0.2  # of the log speedup that a warm-up call tells, where nothing was timed
 REACHED = 0.98
 
@@ -206,6 +208,8 @@ class Search:
         self.spent_s = 0.0
         self.trials: list[Trial] = []
         self.history: list[tuple[float, float]] = []  # spent_s, share of the reference's speedup
+        self.refuted: list[int] = []  # settings that the verification split did not confirm
+        self.exported: Trial | None = None
         self._losses = table.losses["search"][
             :, :, self.rng.permutation(table.losses["search"].shape[2])
         ]
@@ -249,12 +253,26 @@ class Search:
             trial.speedup = trial.latency.speedup
         if trial.ended == "complete" and trial.verdict is Verdict.UNDECIDED:
             trial.verdict = self.judged(trial)
+        self.note()
+        return trial
+
+    def note(self) -> None:
+        """Note in the history what has been found, and at which cost."""
         table = self.table
         if table.reference is not None:
             kept = [one for one in self.kept() if table.holds[one.setting]]
             share = table.speedup[kept[0].setting] / table.speedup[table.reference] if kept else 0.0
             self.history.append((self.spent_s, float(share)))
-        return trial
+
+    def verify(self, trial: Trial) -> bool:
+        """Whether the verification split confirms a trial, the next of the candidates."""
+        losses = self.table.losses["verification"][:, trial.setting]
+        given = zip(losses, self.table.budgets, strict=True)
+        if verify(given, candidate_alpha(len(self.refuted))).verdict is Verdict.WITHIN:
+            self.exported = trial
+            return True
+        self.refuted.append(trial.setting)
+        return False
 
     def judged(self, trial: Trial) -> Verdict:
         given = zip(self.losses(trial), self.table.budgets, strict=True)
@@ -263,7 +281,11 @@ class Search:
     def kept(self) -> list[Trial]:
         """The trials that are complete and within the budgets, the fastest first."""
         kept = [
-            one for one in self.trials if one.ended == "complete" and one.verdict is Verdict.WITHIN
+            one
+            for one in self.trials
+            if one.ended == "complete"
+            and one.verdict is Verdict.WITHIN
+            and one.setting not in self.refuted
         ]
         return sorted(kept, key=lambda one: -one.speedup)
 
@@ -306,14 +328,34 @@ class Search:
 
 
 class Ours:
-    """The guide, the sequential test and early domination, as `accelsearch bounds` has them."""
+    """The guide, the sequential test and early domination, as `accelsearch bounds` has them.
+
+    It goes on where verification refutes its answer, with what was slower than that.
+    """
 
     def __init__(self, table: Table, seed: int) -> None:
         self.guide = Guide(table.space, table.settings, table.budgets, seed)
         self.reason = "limit"
 
     def run(self, search: Search, limit: int) -> None:
-        while len(search.trials) < limit:
+        for _ in range(CANDIDATES):
+            self.find(search, limit)
+            kept = search.kept()
+            if not kept or search.verify(kept[0]):
+                break
+        if search.exported is None:  # the fastest, as not verified
+            search.refuted.clear()
+            search.note()
+
+    def find(self, search: Search, limit: int) -> None:
+        """Search until nothing better is likely, and time the fastest on."""
+        while True:
+            given_up = self.reopened(search)
+            if given_up:
+                self.go_on(search, given_up[0])
+                continue
+            if len(search.trials) == limit:
+                break
             observed = [_observation(search, trial) for trial in search.trials]
             proposal = self.guide.propose(observed, None, search.beat)
             if proposal is None:
@@ -327,9 +369,28 @@ class Ours:
                 search.pair(trial)
             search.end(trial)
 
+    def reopened(self, search: Search) -> list[Trial]:
+        """The trials that were given up as too slow and are not, by now; the fastest first."""
+        least, noise = search.least, self.noise(search)
+        found = [
+            one
+            for one in search.trials
+            if one.ended == "dominated" and not dominated(one.latency, least, noise)
+        ]
+        return sorted(found, key=lambda one: -one.speedup)
+
+    def noise(self, search: Search) -> float | None:
+        return pair_noise(one.latency for one in search.trials if one.ratios)
+
     def measure(self, search: Search, setting: int) -> None:
-        least, noise = search.least, pair_noise(one.latency for one in search.trials if one.ratios)
-        trial = search.begin(setting)
+        self.go_on(search, search.begin(setting))
+
+    def go_on(self, search: Search, trial: Trial) -> None:
+        """Measure a setting until it is decided, from the start or from where it was given up."""
+        least, noise = search.least, self.noise(search)
+        if trial.ended == "dominated":
+            trial.ended = ""
+            search.call(trial)  # warms up
         while not trial.ended:
             pairs = len(trial.ratios)
             looked = pairs > 0 and comparable(trial.latency, least, noise)
@@ -512,7 +573,9 @@ def replayed(
     whole_s = traversal_s(table, batch)
     curve = tuple((spent_s / whole_s, share) for spent_s, share in search.history)
     reached = next((spent for spent, share in curve if share >= REACHED), math.inf)
-    exported = _exported(search)
+    if strategy is not ours:  # which has verified what it found
+        any(search.verify(trial) for trial in search.kept())
+    exported = search.exported
     return Result(
         reached,
         search.spent_s / whole_s,
@@ -528,15 +591,6 @@ def traversal_s(table: Table, batch: int) -> float:
     search = Search(table, 0, batch)
     traversal(search, 0)
     return search.spent_s
-
-
-def _exported(search: Search) -> Trial | None:
-    losses = search.table.losses["verification"]
-    for place, trial in enumerate(search.kept()):
-        given = zip(losses[:, trial.setting], search.table.budgets, strict=True)
-        if verify(given, candidate_alpha(place)).verdict is Verdict.WITHIN:
-            return trial
-    return None
 
 
 def row_of(name: str, results: Sequence[Result]) -> str:

@@ -183,7 +183,43 @@ def test_ours_finds_the_reference_for_less_than_the_traversal(replay: Any, path:
     for seed in range(5):
         result = replay.replayed(table, replay.ours, seed, batch=6, limit=12)
         assert result.reached < 0.6  # of twelve settings
-        assert result.holds
+        assert result.regret == pytest.approx(0.0, abs=1e-9)
+
+
+def test_ours_goes_on_where_its_answer_is_refuted(
+    replay: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = replay.table_of(path, [BUDGET])
+    held = np.argsort(np.where(table.holds, -table.speedup, 0.0)).tolist()
+    asked: list[int] = []
+
+    def verify(search: Any, trial: Any) -> bool:
+        asked.append(trial.setting)
+        if len(asked) < 3:
+            search.refuted.append(trial.setting)
+            return False
+        search.exported = trial
+        return True
+
+    monkeypatch.setattr(replay.Search, "verify", verify)
+    search = replay.Search(table, 0, batch=6)
+    replay.ours(search, 12)
+    assert asked == held[:3]
+    assert search.exported.setting == held[2]
+    alone = replay.Search(table, 0, batch=6)
+    replay.Ours(table, 0).find(alone, 12)
+    assert search.spent_s > alone.spent_s
+
+
+def test_an_answer_that_nothing_verifies_is_the_fastest_all_the_same(
+    replay: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = replay.table_of(path, [BUDGET])
+    refuting = lambda search, trial: search.refuted.append(trial.setting) or False  # noqa: E731
+    monkeypatch.setattr(replay.Search, "verify", refuting)
+    result = replay.replayed(table, replay.ours, 0, batch=6, limit=12)
+    assert (result.exported, result.holds) == (False, False)
+    assert result.regret == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_report_is_a_table_and_a_picture(
