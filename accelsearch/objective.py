@@ -286,10 +286,8 @@ class Bench:
             BaselineError: the unaccelerated pipeline makes no usable images.
             TrialError: this setting cannot be measured.
         """
-        metrics = self._load_metrics()
-        if not metrics.keys() <= {
-            one.metric for one in known
-        }:  # all are of the same prompts, or none
+        metrics, scored = self._load_metrics(), {one.metric for one in known}
+        if not metrics.keys() <= scored:  # all are of the same prompts, or none
             known = ()
         configuration, found = self.configuration, _Collected(metrics, known)
         prompts, begun = configuration.held_out_prompts, len(known[0].accelerated) if known else 0

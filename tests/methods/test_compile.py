@@ -233,16 +233,18 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     def capture(_: Any, forward: Callable[..., Any], kept: Any, inputs: Any) -> Any:
         held = kept.held
         chances = {one: one.get_state() for one in kept.generators.values()}
+
+        def undo() -> None:  # capturing computes nothing
+            kept.held = held
+            for generator, state in chances.items():
+                generator.set_state(state)
+
         args, kwargs = inputs
         forward(*args, **kwargs)
-        kept.held = held
-        for generator, state in chances.items():
-            generator.set_state(state)
+        undo()
         found.append(Recorded(forward, inputs))
-        for generator, state in chances.items():
-            generator.set_state(state)
         captured = compile_hook._Graph(found[-1], found[-1].output, kept.held)  # type: ignore[arg-type]
-        kept.held = held
+        undo()
         return captured
 
     monkeypatch.setattr(compile_hook._Graphs, "_capture", capture)
