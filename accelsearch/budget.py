@@ -74,6 +74,7 @@ _PSNR_DB = 100.0
 # compares this mixture with its rivals.
 _BETTORS = ((1.0, 0.80), (0.5, 0.15), (0.2, 0.05))
 
+_MOST_PROMPTS = 1_000_000  # that are looked at to tell how many verify a setting
 _ROUNDING = 1e-6  # of scores, which are float32: equal images can have an SSIM of 1.0000001
 _SLACK = 1e-9  # of sums of losses
 
@@ -212,12 +213,19 @@ def verify(losses: Iterable[tuple[ArrayLike, Budget]], alpha: float = ALPHA) -> 
 
 
 def candidate_alpha(candidate: int, alpha: float = ALPHA) -> float:
-    """The share of `alpha` for candidate 0, 1, 2 ... where the first that is verified is taken.
+    """The share of `alpha` for candidate 0, 1, 2 ... that are judged on the same prompts.
 
     alpha / 2, alpha / 4, alpha / 8 ...: whatever their number, they sum to less than alpha, and
     by the union bound a setting over a budget is verified with at most that probability, though
     all candidates are judged on the same prompts. The fastest comes first, with the largest
     share. Each halving costs as many prompts as it takes to double the money once more.
+
+    It holds even where the search goes on after a candidate is verified, and what comes next
+    depends on whether it was. Say that from share k on, of `alpha` a_k, a wrong one is verified
+    with a probability e_k of at most 2 a_k. If the candidate is over a budget, one way is wrong
+    and the other goes on: e_k <= a_k + e_k+1 = a_k + 2 a_k+1 = 2 a_k. If it keeps them, both go on:
+    e_k <= 2 e_k+1 = 2 a_k. So e_0 <= 2 a_0 = alpha. The number of prompts must not be chosen by
+    what they say.
 
     The alternative is a fixed sequence: from the safest candidate to faster ones, each with all
     of alpha, up to the first that fails. It needs no shares, but it must score every safer
@@ -230,21 +238,29 @@ def candidate_alpha(candidate: int, alpha: float = ALPHA) -> float:
     return alpha * 0.5 ** (candidate + 1)
 
 
-def prompts_needed(budget: Budget, alpha: float = ALPHA, loss: float = 0.0) -> int | None:
-    """The fewest prompts that verify a setting which loses `loss` on each of them.
+def prompts_needed(budget: Budget, alpha: float = ALPHA, losses: ArrayLike = 0.0) -> int | None:
+    """The fewest prompts that verify a setting which loses `losses` on them, over and over again.
 
-    At a loss of 0 that is the fewest with which anything can be verified. None where no number is
-    enough, since the loss is not under the budget.
+    `losses` are those of some prompts, float64 [n], or one number. At a loss of 0 that is the
+    fewest with which anything can be verified. None where a million is not enough: the mean is not
+    under the budget, or hardly, or losses vary so much that every bettor loses by them; or where a
+    loss is beyond the range that is assumed of it.
     """
-    high = _range(budget)[1]
-    limit = budget.max_loss
-    if not loss < limit:
+    values = np.atleast_1d(np.asarray(losses, dtype=np.float64))
+    high, limit = _tested(values, budget)[1], budget.max_loss
+    if high is None:
         return None
-    # What the bold bettor alone needs; the careful ones only add to it.
-    share, money = _BETTORS[0]
-    growth = np.log1p(share * (limit - loss) / (high - limit))
-    enough = int(np.ceil(-np.log(alpha * money) / growth)) + 1
-    return int(np.argmax(certainly_under(np.full(enough, loss), limit, None, high, alpha))) + 1
+    # What one bettor alone needs, in whole rounds of the losses; the others only add to it.
+    shares, money = np.array(_BETTORS).T
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a bettor who loses all
+        growth = np.log1p(np.outer(shares, limit - values) / (high - limit)).sum(1)
+    gains = growth > 0
+    if not gains.any():
+        return None
+    rounds = np.ceil(-np.log(alpha * money[gains]) / growth[gains]).min() + 1
+    enough = np.resize(values, int(min(rounds * len(values), _MOST_PROMPTS)))
+    certain = certainly_under(enough, limit, None, high, alpha)
+    return int(np.argmax(certain)) + 1 if certain[-1] else None
 
 
 def loss_interval(

@@ -187,6 +187,11 @@ class BoundEntry(_BoundNumbers, _Context, total=False):
     score_loss: Annotated[float, "of the first budget's metric; negative is better"]
     params: Annotated[dict[str, Any], "the parameters that reached it"]
     exhausted: Annotated[bool, "whether every setting there is has been measured"]
+    set_aside: Annotated[
+        dict[str, Any] | None,
+        "trial, speedup, score_loss and params of the fastest setting that is faster than this and "
+        "within the budgets, but so close to one that it takes held_out_images to verify it",
+    ]
 
 
 class _ParamsNumbers(TypedDict):

@@ -38,7 +38,13 @@ from accelsearch.console import speedup
 from accelsearch.errors import DashboardError, StorageError, TrialError
 from accelsearch.figures import search_time, speedup_against_loss
 from accelsearch.measurement import Scores, score_loss, seconds_told, settings_told
-from accelsearch.queries import fastest_feasible, is_refuted, outcomes, targeted, verification_told
+from accelsearch.queries import (
+    fastest_feasible,
+    is_unconfirmed,
+    outcomes,
+    targeted,
+    verification_told,
+)
 from accelsearch.storage import StoredStudy, StoredTrial, Verification, is_ours, read_both
 
 if TYPE_CHECKING:
@@ -332,7 +338,7 @@ def result(study: StoredStudy) -> dict[str, str]:
         "fastest within the budget": "none yet"
         if best is None
         else f"{speedup(best)}, trial {best.number}, not verified on held-out prompts"
-        if is_refuted(study, best)
+        if is_unconfirmed(study, best)
         else f"{speedup(best)}, trial {best.number}",
         "trials": ", ".join(counted) or "none",
     }
@@ -378,7 +384,7 @@ def note(study: StoredStudy) -> str:
         shown = re.sub(r"([\[\]])", r"\\\1", speedup(best))
         kept = (
             "is not verified on held-out prompts, as no other is, and the fastest"
-            if is_refuted(study, best)
+            if is_unconfirmed(study, best)
             else "is the fastest within the budget"
         )
         lines += [f"**{shown}** {kept}, by trial {best.number}:", ""]
@@ -434,7 +440,7 @@ def _limit(budget: Budget) -> str:
 
 def _held_out_violation(study: StoredStudy, verification: Verification) -> float:
     """By how much held-out prompts break a budget; more than 0 also where they are too few."""
-    if verification.failure is not None:
+    if verification.aside or verification.failure is not None:
         return _LEAST_VIOLATION
     by_metric = {scores.metric: scores for scores in verification.scores}
     return max(

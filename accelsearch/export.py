@@ -15,10 +15,11 @@ from accelsearch.contract import Key, buffered
 from accelsearch.errors import ExportError
 from accelsearch.measurement import score_loss
 from accelsearch.queries import (
+    answering_trials,
     bounded,
     exhausted,
+    faster_aside,
     fastest_feasible,
-    feasible_trials,
     targeted,
     verification_told,
 )
@@ -151,7 +152,7 @@ def _stale(params: Entries, studies: Sequence[StoredStudy]) -> set[str]:
 
     What is merely slower than the best stays, and so does what names no trial.
     """
-    held = {study.name: [trial.number for trial in feasible_trials(study)] for study in studies}
+    held = {study.name: [trial.number for trial in answering_trials(study)] for study in studies}
     stale = set()
     for key, entry in params.items():
         numbers = held.get(str(entry.get("study")))
@@ -182,7 +183,22 @@ def _bound(study: StoredStudy, trial: StoredTrial) -> dict[str, Any]:
         "measured_max_speedup": trial.speedup,
         "params": dict(trial.params),
         "exhausted": exhausted(study),
+        "set_aside": _set_aside(study),
         **_shared(study, trial),
+    }
+
+
+def _set_aside(study: StoredStudy) -> dict[str, Any] | None:
+    found = faster_aside(study)
+    if found is None:
+        return None
+    trial, held_out_images = found
+    return {
+        "trial": trial.number,
+        "speedup": trial.speedup,
+        "score_loss": trial.loss(study.configuration.budgets[0]),
+        "params": dict(trial.params),
+        "held_out_images": held_out_images,
     }
 
 
@@ -292,6 +308,6 @@ def _verification(study: StoredStudy, verification: Verification | None) -> dict
 def _unverified(study: StoredStudy, verification: Verification | None) -> str:
     if verification is not None:
         return verification_told(study, verification)
-    if study.verifications:
+    if study.shares_spent:
         return "other trials were tried on the held-out prompts, and this one was not"
     return "it was not tried on held-out prompts, which the plan's held_out_images reserves"

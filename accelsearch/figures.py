@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 from accelsearch.budget import interval_told, loss_told
 from accelsearch.configuration import Budget
 from accelsearch.measurement import ParamValue, settings_told
-from accelsearch.queries import fastest_feasible, is_refuted, pareto_front, verification_told
+from accelsearch.queries import fastest_feasible, is_unconfirmed, pareto_front, verification_told
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
 __all__ = [
@@ -191,7 +191,7 @@ def speedup_against_loss(study: StoredStudy) -> go.Figure:
         ("verified on held-out prompts", _GREEN, False),
         ("not verified on held-out prompts", _WARM, True),
     ):
-        ringed = [one for one in tried if is_refuted(study, one) is refuted]
+        ringed = [one for one in tried if is_unconfirmed(study, one) is refuted]
         if ringed:
             ring = {"symbol": "circle-open", "size": 17, "line": {"width": 2}, "color": colour}
             add(ringed, marker=ring, name=name)
@@ -485,7 +485,7 @@ def _running_best(study: StoredStudy, figure: go.Figure) -> None:
 
     xs, ys, best = [], [], None
     for when, _, one in ended:
-        kept = one.feasible(study.configuration) and not is_refuted(study, one)
+        kept = one.feasible(study.configuration) and not is_unconfirmed(study, one)
         if kept and one.speedup is not None and (best is None or one.speedup > best):
             best = one.speedup
             xs.append(at(when))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from accelsearch.budget import ALPHA, Judgement, candidate_alpha, decide, prompts_needed, verify
@@ -11,7 +11,14 @@ from accelsearch.errors import PlanError
 from accelsearch.measurement import Scores, score_losses
 from accelsearch.quality import METRICS, PSNR_CAP_DB
 
-__all__ = ["FIRST_LOOK", "check_held_out", "held_out_needed", "judge", "judge_held_out"]
+__all__ = [
+    "FIRST_LOOK",
+    "check_held_out",
+    "held_out_expected",
+    "held_out_needed",
+    "judge",
+    "judge_held_out",
+]
 
 FIRST_LOOK = 8
 """Prompts that are scored before the first look at them; the mean baseline of these is the scale of
@@ -81,7 +88,7 @@ def check_held_out(configuration: Configuration) -> None:
     count = len(configuration.held_out_prompts)
     if not count:
         return
-    most = held_out_needed(configuration, 0)
+    most = held_out_needed(configuration.budgets, 0)
     if most is None:
         raise PlanError(
             "held_out_images must be 0 where a budget allows no loss at all: no number of prompts "
@@ -94,16 +101,40 @@ def check_held_out(configuration: Configuration) -> None:
         )
 
 
-def held_out_needed(configuration: Configuration, candidate: int) -> int | None:
+def held_out_needed(budgets: Iterable[Budget], candidate: int) -> int | None:
     """The fewest held-out prompts that verify a setting without any loss, `candidate`-th of all.
 
     None where a budget allows no loss at all, which no number of prompts proves.
     """
     needed = [
-        prompts_needed(budget, candidate_alpha(candidate), _lossless(budget))
-        for budget in configuration.budgets
+        prompts_needed(budget, candidate_alpha(candidate), _lossless(budget)) for budget in budgets
     ]
-    return None if None in needed else max(one for one in needed if one is not None)
+    return _most(needed)
+
+
+@lru_cache(maxsize=16_384)
+def held_out_expected(
+    searched: tuple[Scores, ...], budgets: tuple[Budget, ...], candidate: int
+) -> int | None:
+    """How many held-out prompts verify the `candidate`-th setting, by what it has lost so far.
+
+    None where no number does: see `prompts_needed`.
+    """
+    by_metric = {one.metric: one for one in searched}
+    scale, alpha = _scale(searched, None), candidate_alpha(candidate)
+    found = [
+        prompts_needed(
+            budget,
+            alpha,
+            METRICS[budget.metric].losses(by_metric[budget.metric], budget, scale),
+        )
+        for budget in budgets
+    ]
+    return _most(found)
+
+
+def _most(counts: Sequence[int | None]) -> int | None:
+    return None if None in counts else max(one for one in counts if one is not None)
 
 
 def _lossless(budget: Budget) -> float:

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections import Counter
 
 from accelsearch.budget import Verdict, loss_told
+from accelsearch.judging import held_out_expected
 from accelsearch.measurement import score_loss
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
 
 __all__ = [
     "CHOICES",
+    "answering_trials",
     "bounded",
+    "doubtful_trials",
     "exhausted",
+    "faster_aside",
     "fastest_feasible",
     "feasible_trials",
-    "is_refuted",
+    "is_unconfirmed",
     "least_speedup",
     "outcomes",
     "pareto_front",
+    "prompts_expected",
     "targeted",
     "verification_told",
 ]
@@ -26,15 +31,49 @@ __all__ = [
 def feasible_trials(study: StoredStudy) -> list[StoredTrial]:
     """The trials that keep all budgets, each setting once, in the order they were measured.
 
-    Not those that prompts which the search never saw did not confirm.
+    Not those that prompts which the search never saw did not confirm, or are too few to confirm.
     """
-    return [trial for trial in study.feasible if not is_refuted(study, trial)]
+    return [trial for trial in study.feasible if not is_unconfirmed(study, trial)]
 
 
-def is_refuted(study: StoredStudy, trial: StoredTrial) -> bool:
-    """Whether a trial's setting was tried on held-out prompts, and they did not verify it."""
+def doubtful_trials(study: StoredStudy) -> list[StoredTrial]:
+    """The trials that keep all budgets, but were set aside: held-out prompts are too few to tell.
+
+    They answer targets, and are an upper bound where no other trial is.
+    """
+    verified = ((trial, study.verification(trial)) for trial in study.feasible)
+    return [trial for trial, one in verified if one is not None and one.aside]
+
+
+def answering_trials(study: StoredStudy) -> list[StoredTrial]:
+    """The trials that answer targets: feasible ones, but for those that held-out prompts refute."""
+    return [*feasible_trials(study), *doubtful_trials(study)]
+
+
+def is_unconfirmed(study: StoredStudy, trial: StoredTrial) -> bool:
+    """Whether held-out prompts did not verify a trial's setting, or are too few to be asked."""
     verification = study.verification(trial)
     return verification is not None and not verification.verified
+
+
+def prompts_expected(study: StoredStudy, trial: StoredTrial) -> int | None:
+    """How many held-out prompts would verify a scored trial if it were asked about next.
+
+    By what it lost in the search; None where no number would.
+    """
+    assert trial.measurement is not None
+    scores, budgets = trial.measurement.scores, study.configuration.budgets
+    return held_out_expected(scores, budgets, study.shares_spent)
+
+
+def faster_aside(study: StoredStudy) -> tuple[StoredTrial, int] | None:
+    """The fastest trial that was set aside for the upper bound, with the prompts that it takes."""
+    best = fastest_feasible(study)
+    least = 0.0 if best is None else _speedup(best)
+    faster = [trial for trial in doubtful_trials(study) if _speedup(trial) > least]
+    counted = ((trial, prompts_expected(study, trial)) for trial in faster)
+    known = [(trial, count) for trial, count in counted if count is not None]
+    return max(known, key=lambda one: _speedup(one[0]), default=None)
 
 
 def exhausted(study: StoredStudy) -> bool:
@@ -59,13 +98,11 @@ def bounded(study: StoredStudy) -> bool:
 def fastest_feasible(study: StoredStudy) -> StoredTrial | None:
     """The trial whose speedup is the measured upper bound; None where nothing is feasible.
 
-    Where held-out prompts confirm none of the feasible trials, the fastest of them all the same:
-    nothing better is known.
+    Where held-out prompts confirm none of the feasible trials, the fastest that they were too few
+    to be asked about, or else of those that they refute: nothing better is known.
     """
-    confirmed = max(feasible_trials(study), key=_speedup, default=None)
-    if confirmed is not None:
-        return confirmed
-    return max(study.feasible, key=_speedup, default=None)
+    known = feasible_trials(study) or doubtful_trials(study) or study.feasible
+    return max(known, key=_speedup, default=None)
 
 
 CHOICES = ("safest", "closest", "exact")
@@ -77,10 +114,11 @@ def targeted(study: StoredStudy, requested: float, choice: str = "safest") -> St
 
     Of those fast enough, the one with the smallest score loss (by its upper end), and of equals
     the faster; with `closest`, the one whose speedup is nearest to the request; with `exact` that
-    one too, but only if the request lies within its 95 % interval.
+    one too, but only if the request lies within its 95 % interval. Trials that were set aside for
+    the upper bound answer like others.
     """
     configuration = study.configuration
-    answers = [trial for trial in feasible_trials(study) if _speedup(trial) >= requested]
+    answers = [trial for trial in answering_trials(study) if _speedup(trial) >= requested]
     if choice == "exact":
         answers = [trial for trial in answers if least_speedup(trial) <= requested]
     if choice != "safest":
@@ -116,6 +154,8 @@ def outcomes(study: StoredStudy) -> Counter[Outcome]:
 
 def verification_told(study: StoredStudy, verification: Verification) -> str:
     """What held-out prompts say of a trial: whether they verify it, and its losses on them."""
+    if verification.aside:
+        return _aside_told(study, verification)
     if verification.failure is not None:
         return f"not verified, since it failed on the held-out prompts: {verification.failure}"
     by_metric = {one.metric: one for one in verification.scores}
@@ -130,6 +170,15 @@ def verification_told(study: StoredStudy, verification: Verification) -> str:
     elif judgement is not None and judgement.verdict is Verdict.UNDECIDED:
         few = ", one of them with a loss beyond the budget's bound"
     return f"{verdict} on {verification.images} held-out prompts{few} ({losses})"
+
+
+def _aside_told(study: StoredStudy, verification: Verification) -> str:
+    trial = study.trials[verification.trial]
+    losses = ((trial.loss(budget), budget) for budget in study.configuration.budgets)
+    told = ", ".join(loss_told(loss, budget) for loss, budget in losses if loss is not None)
+    expected = prompts_expected(study, trial)
+    needed = "no number of them would" if expected is None else f"it takes some {expected} to"
+    return f"not tried on the held-out prompts, since {needed} verify it ({told})"
 
 
 def _is_over(trial: StoredTrial) -> bool:

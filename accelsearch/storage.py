@@ -74,6 +74,7 @@ __all__ = [
     "read_study",
     "readable_studies",
     "record",
+    "record_aside",
     "record_request",
     "record_verification",
     "redacted",
@@ -199,6 +200,9 @@ class Verification:
     largest share of the error that is allowed. A trial that made no usable images of them has no
     judgement and no scores, and `failure` says why. `prompts` is the digest of these prompts; None
     in studies of earlier versions.
+
+    One that was set `aside` has no judgement and no scores either, and its `candidate` is 0: by the
+    search's own scores the prompts are too few to verify it. It has no share of the error.
     """
 
     trial: int
@@ -207,6 +211,7 @@ class Verification:
     scores: tuple[Scores, ...]
     failure: str | None = None
     prompts: str | None = None
+    aside: bool = False
 
     @property
     def verified(self) -> bool:
@@ -299,9 +304,15 @@ class StoredStudy:
         each other, the one that holds, or else the first, whose share of the error was largest.
         """
         by_preference = sorted(
-            self.verifications.values(), key=lambda one: (not one.verified, one.candidate)
+            self.verifications.values(),
+            key=lambda one: (not one.verified, one.aside, one.candidate),
         )
         return {self.trials[one.trial].setting: one for one in reversed(by_preference)}
+
+    @property
+    def shares_spent(self) -> int:
+        """How many shares of the error are spent, each on a trial that held-out prompts judge."""
+        return sum(not one.aside for one in self.verifications.values())
 
     def verification(self, trial: StoredTrial) -> Verification | None:
         """What held-out prompts say of a trial's setting, whichever trial of it was tried."""
@@ -573,6 +584,11 @@ def record_verification(
     study.set_user_attr(f"{_VERIFICATION}{trial}", value)
 
 
+def record_aside(study: optuna.Study, trial: int) -> None:
+    """Store that a trial was not tried on held-out prompts, which are too few to verify it."""
+    study.set_user_attr(f"{_VERIFICATION}{trial}", {"aside": True})
+
+
 def record_request(study: optuna.Study, speedup: float, choice: str) -> None:
     """Store that a speedup was asked for, so that exports hold what answers it."""
     study.set_user_attr(f"{_REQUEST}{speedup!r}", choice)
@@ -795,6 +811,9 @@ def _verifications(study: StoredStudy, attributes: Mapping[str, Any]) -> dict[in
     for key, value in attributes.items():
         if key.startswith(_VERIFICATION):
             number = int(key.removeprefix(_VERIFICATION))
+            if value.get("aside"):
+                found[number] = Verification(number, 0, None, (), aside=True)
+                continue
             scores, failure = scores_from(value["scores"]), value.get("failure")
             if failure is not None:
                 found[number] = Verification(number, value["candidate"], None, scores, str(failure))

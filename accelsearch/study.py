@@ -23,7 +23,12 @@ from accelsearch.configuration import Configuration, SearchSettings
 from accelsearch.errors import BaselineError, TrialError
 from accelsearch.guide import GAIN, Guide, Observation
 from accelsearch.heartbeat import Worker
-from accelsearch.judging import check_held_out, held_out_needed, judge_held_out
+from accelsearch.judging import (
+    check_held_out,
+    held_out_expected,
+    held_out_needed,
+    judge_held_out,
+)
 from accelsearch.latency import contender, dominated
 from accelsearch.measurement import (
     Environment,
@@ -37,6 +42,8 @@ from accelsearch.objective import Bench, Result, check_models, environment_of
 from accelsearch.queries import (
     CHOICES,
     bounded,
+    doubtful_trials,
+    faster_aside,
     fastest_feasible,
     feasible_trials,
     least_speedup,
@@ -58,6 +65,7 @@ from accelsearch.storage import (
     read_siblings,
     read_study,
     record,
+    record_aside,
     record_request,
     record_verification,
     say_bounded,
@@ -242,7 +250,7 @@ def contender_of(
     """
     timing = stored.configuration.latency
     if goal is None:
-        kept = feasible_trials(stored)
+        kept = feasible_trials(stored) or doubtful_trials(stored)
     else:
         answer = targeted(stored, goal, choice)
         unsure = answer is not None and least_speedup(answer) < goal
@@ -316,6 +324,7 @@ class _Search:
                 self._stored = replace(self._stored, bounded=True)
             if stopped != OTHERS:
                 self._warn_untried()
+                self._warn_aside()
             found = Found(self._whole, stopped, tuple(pending), self._goal, self._choice)
             self._progress.study_finished(found)
             return found
@@ -382,18 +391,24 @@ class _Search:
         And without the verifications that more held-out prompts of this search may decide.
         """
         self._trials, stored = read_both(self._study._storage, self._study._study_id)
-        self._verifications, prompts = stored.verifications, self._configuration.held_out_prompts
+        self._verifications, self._shares_spent = stored.verifications, stored.shares_spent
+        prompts = self._configuration.held_out_prompts
         self._undecided = {
             setting: one
             for setting, one in stored.tried.items()
             if one.goes_on(prompts) and _may_hold(stored, one, len(prompts) - one.images)
         }
+        stored = replace(stored, configuration=self._configuration)
+        doubtful = doubtful_trials(stored)
+        # A target takes no more trials than it needs: whatever answers it is tried.
+        still = {one.setting for one in doubtful if self._goal is None and not self._hopeful(one)}
+        reopened = self._undecided.keys() | {one.setting for one in doubtful} - still
         settled = {
             number: one
             for number, one in stored.verifications.items()
-            if stored.trials[number].setting not in self._undecided
+            if stored.trials[number].setting not in reopened
         }
-        return replace(stored, configuration=self._configuration, verifications=settled)
+        return replace(stored, verifications=settled)
 
     @property
     def _whole(self) -> StoredStudy:
@@ -407,7 +422,10 @@ class _Search:
     def _why_stop(self) -> tuple[str | None, Sequence[Mapping[str, ParamValue]]]:
         """Why the search is over, and what others still measure; None where it is not."""
         stopped, claimed = self._why_no_other()
-        best = None if stopped in (None, OTHERS) else self._contender()
+        if stopped in (None, OTHERS):
+            return stopped, claimed
+        # The fastest is not timed on if it is not going to be the answer.
+        best = None if self._doubted(self._untried()) else self._contender()
         if best is None or time.monotonic() > self._deadline:
             return stopped, claimed
         claimed = tuple(self._worker.others(self._study._study_id))
@@ -522,7 +540,8 @@ class _Search:
         Held-out prompts have refuted what they were slower than, or nothing so fast is asked for.
         """
         goal, noise = self._goal, self._noise()
-        beat = self._incumbent() if goal is None else goal
+        # Where nothing is left within the budgets, not accelerating is free.
+        beat = (self._incumbent() or 1.0) if goal is None else goal
         given_up = (Outcome.DOMINATED, Outcome.TOO_SLOW, Outcome.UNSCORED)
         found = [
             one
@@ -617,15 +636,41 @@ class _Search:
     def _share(self, trial: StoredTrial) -> int:
         """Which share of the error a trial has: that of its setting, or the next."""
         begun = self._undecided.get(trial.setting)
-        return len(self._verifications) if begun is None else begun.candidate
+        if begun is not None:
+            return begun.candidate
+        return self._shares_spent
 
     def _can_tell(self, trial: StoredTrial) -> bool:
         """Whether there are held-out prompts enough to verify a trial."""
         if trial.setting in self._undecided:
             return True
         candidate, count = self._share(trial), len(self._configuration.held_out_prompts)
-        needed = held_out_needed(self._configuration, candidate)
+        needed = held_out_needed(self._configuration.budgets, candidate)
         return candidate < _CANDIDATES_VERIFIED and needed is not None and needed <= count
+
+    def _hopeful(self, trial: StoredTrial) -> bool:
+        """Whether the held-out prompts verify a trial that loses on them what it has lost so far.
+
+        This looks at the prompts of the search alone, and so it costs no share of the error.
+        """
+        assert trial.measurement is not None
+        expected = held_out_expected(
+            trial.measurement.scores, self._configuration.budgets, self._share(trial)
+        )
+        return expected is not None and expected <= len(self._configuration.held_out_prompts)
+
+    def _doubted(self, untried: StoredTrial | None) -> bool:
+        """Whether the answer is to be set aside, so that another may be verified.
+
+        Not one to a target, which takes no more trials than it needs.
+        """
+        return (
+            untried is not None
+            and self._goal is None
+            and untried.setting not in self._undecided
+            and self._can_tell(untried)
+            and not self._hopeful(untried)
+        )
 
     def _warn_untried(self) -> None:
         """Say why an answer is not verified, where the held-out prompts are used up."""
@@ -637,10 +682,20 @@ class _Search:
         if candidate >= _CANDIDATES_VERIFIED:
             self._progress.warned(f"{told}were asked about {candidate} others, and no more are")
         elif not self._can_tell(untried):
-            needed = held_out_needed(self._configuration, candidate)
+            needed = held_out_needed(self._configuration.budgets, candidate)
             self._progress.warned(
                 f"{told}are too few for another after {candidate}: held_out_images must be "
                 f">= {needed}, and more for a setting that loses anything"
+            )
+
+    def _warn_aside(self) -> None:
+        """Say how many held-out prompts would verify what is faster than the bound."""
+        found = faster_aside(self._whole)
+        if found is not None and self._goal is None:
+            trial, expected = found
+            self._progress.warned(
+                f"trial {trial.number} reaches {trial.speedup:.2f}x, and it takes some {expected} "
+                "held-out prompts to verify it: raise held_out_images for that"
             )
 
     def _verify(self, candidate: StoredTrial) -> bool:
@@ -655,23 +710,10 @@ class _Search:
             best = self._untried()
             if best is None or best.number != candidate.number or not self._can_tell(best):
                 return True
-            begun, share, failure = self._undecided.get(best.setting), self._share(best), None
-            scores = () if begun is None else begun.scores
-            try:
-                scores = self._bench.held_out_scores(best.params, scores)
-            except BaselineError:
-                raise
-            except TrialError as error:
-                # Not confirmed, and so no answer: its images of other prompts are unusable.
-                failure = error.reason
-            record_verification(
-                self._study,
-                best.number if begun is None else begun.trial,
-                share,
-                scores,
-                failure,
-                prompts=self._configuration.held_out_prompts,
-            )
+            if self._doubted(best):
+                record_aside(self._study, best.number)
+            else:
+                self._ask_held_out(best)
             self._stored = self._read()
         finally:
             self._worker.release()
@@ -680,6 +722,26 @@ class _Search:
             return True
         self._progress.verified(self._whole, verification)
         return not verification.verified
+
+    def _ask_held_out(self, trial: StoredTrial) -> None:
+        """Score a trial on held-out prompts, and record it with its share of the error."""
+        begun, failure = self._undecided.get(trial.setting), None
+        scores = () if begun is None else begun.scores
+        try:
+            scores = self._bench.held_out_scores(trial.params, scores)
+        except BaselineError:
+            raise
+        except TrialError as error:
+            # Not confirmed, and so no answer: its images of other prompts are unusable.
+            failure = error.reason
+        record_verification(
+            self._study,
+            trial.number if begun is None else begun.trial,
+            self._share(trial),
+            scores,
+            failure,
+            prompts=self._configuration.held_out_prompts,
+        )
 
 
 class _Trial:

@@ -27,7 +27,7 @@ import plotly.io
 from accelsearch import figures
 from accelsearch.budget import Verdict
 from accelsearch.judging import judge
-from accelsearch.queries import fastest_feasible, is_refuted, outcomes
+from accelsearch.queries import fastest_feasible, is_unconfirmed, outcomes
 from accelsearch.report import findings
 from accelsearch.storage import open_storage, read_studies
 
@@ -148,7 +148,7 @@ def fastest_within(changed):
     budgets = (changed, *configuration.budgets[1:])
     kept = []
     for one in study.current:
-        if one.measurement is None or not one.measurement.scores or is_refuted(study, one):
+        if one.measurement is None or not one.measurement.scores or is_unconfirmed(study, one):
             continue
         judgement = judge(one.measurement.scores, budgets, configuration.images)
         if judgement is not None and judgement.verdict is Verdict.WITHIN:

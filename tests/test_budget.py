@@ -395,8 +395,24 @@ def test_as_many_held_out_prompts_verify_as_are_said_to_be_needed(
             assert before.verdict is Verdict.UNDECIDED
 
 
+@pytest.mark.parametrize("spread", [0.01, 0.05])
+def test_of_losses_that_differ_so_many_are_needed_as_verify_them(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    values = 0.01 + spread * rng.standard_normal(24).clip(-2, 2)
+    needed = prompts_needed(CLIP, losses=values)
+    assert needed is not None
+    for count, verdict in ((needed, Verdict.WITHIN), (needed - 1, Verdict.UNDECIDED)):
+        assert verify([(np.resize(values, count), CLIP)]).verdict is verdict
+
+
+def test_no_number_of_prompts_verifies_a_loss_beyond_the_range_of_its_budget() -> None:
+    bound = Budget(metric="clip_score", max_loss=0.02, bound=0.1)
+    assert prompts_needed(bound, losses=[-0.1, 0.05]) is not None
+    assert prompts_needed(bound, losses=[-0.1, 0.11]) is None
+
+
 def test_no_number_of_prompts_verifies_a_loss_that_is_not_under_its_budget() -> None:
-    assert prompts_needed(CLIP, loss=0.02) is None
+    assert prompts_needed(CLIP, losses=0.02) is None
     assert prompts_needed(NONE) is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from accelsearch import contract
 from accelsearch.configuration import Budget, Plan
 from accelsearch.errors import ContractError, ExportError, StorageError
 from accelsearch.export import BOUNDS, PARAMS, Exported, export
+from accelsearch.judging import held_out_expected
 from accelsearch.measurement import Environment, Latency, Scores
 from accelsearch.pictures import keep_picture
 from accelsearch.storage import (
@@ -28,6 +30,7 @@ from accelsearch.storage import (
     open_storage,
     read_study,
     record,
+    record_aside,
     record_request,
     record_verification,
     say_bounded,
@@ -698,6 +701,49 @@ def test_where_nothing_is_confirmed_the_best_is_exported_as_not_verified(
         "not verified on 300 held-out prompts (clip_score loss 10 % of 2 %)"
     )
     assert entry["verification"]["losses"] == {"clip_score": pytest.approx(0.1)}
+
+
+def test_a_bound_tells_the_faster_setting_that_was_set_aside(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    add_trial(study, 2.0, 0.0)
+    exported(database, out)
+    assert entries(out)[0][BOUND]["set_aside"] is None
+    other = {"cache_interval": 5, "cache_branch_id": 1}
+    aside = add_trial(study, 3.0, 0.01, params=other)
+    record_aside(study, aside)
+    record_verification(study, 0, 0, held_out(0.002))
+    exported(database, out)
+    bound = entries(out)[0][BOUND]
+    assert (bound["measured_max_speedup"], bound["verified"]) == (2.0, True)
+    told = bound["set_aside"]
+    trial = read_study(study).trials[aside]
+    assert told["held_out_images"] == held_out_expected(
+        trial.measurement.scores, read_study(study).configuration.budgets, 1
+    )
+    del told["held_out_images"]
+    assert told == {
+        "trial": aside,
+        "speedup": pytest.approx(3.0),
+        "score_loss": pytest.approx(0.01),
+        "params": other,
+    }
+
+
+def test_an_entry_that_was_set_aside_says_how_many_held_out_prompts_it_takes(
+    database: BaseStorage, out: Path
+) -> None:
+    study = started(database)
+    record_aside(study, add_trial(study, 3.0, 0.01))
+    exported(database, out)
+    entry = entries(out)[0][BOUND]
+    assert (entry["verified"], entry["verification"]) == (False, None)
+    assert re.fullmatch(
+        r"not tried on the held-out prompts, since it takes some \d+ to verify it "
+        r"\(clip_score loss 1 % of 2 %\)",
+        entry["unverified_because"],
+    )
 
 
 def test_an_entry_that_failed_on_held_out_prompts_says_so(database: BaseStorage, out: Path) -> None:

@@ -8,7 +8,13 @@ from stored import configured
 from accelsearch.budget import Verdict, candidate_alpha, prompts_needed
 from accelsearch.configuration import Budget
 from accelsearch.errors import PlanError, TrialError
-from accelsearch.judging import FIRST_LOOK, check_held_out, judge, judge_held_out
+from accelsearch.judging import (
+    FIRST_LOOK,
+    check_held_out,
+    held_out_expected,
+    judge,
+    judge_held_out,
+)
 from accelsearch.measurement import Scores
 
 CLIP = Budget(metric="clip_score", max_loss=0.02)
@@ -94,6 +100,20 @@ def test_later_candidates_need_more_held_out_prompts() -> None:
     assert more > count
     found = judge_held_out([clip(0.0, more)], [clip(0.0, 24)], (CLIP,), 1)
     assert found.verdict is Verdict.WITHIN
+
+
+def test_so_many_held_out_prompts_are_expected_as_verify_what_was_lost_so_far() -> None:
+    searched = (clip(0.01, 12), Scores("ssim", None, (0.95,) * 12))
+    for budgets in ((CLIP,), (SSIM,), (CLIP, SSIM)):
+        expected = held_out_expected(searched, budgets, 1)
+        assert expected is not None
+
+        def verdict(count: int, budgets: tuple[Budget, ...] = budgets) -> Verdict:
+            held_out = [clip(0.01, count), Scores("ssim", None, (0.95,) * count)]
+            return judge_held_out(held_out, searched, budgets, 1).verdict
+
+        assert (verdict(expected - 1), verdict(expected)) == (Verdict.UNDECIDED, Verdict.WITHIN)
+    assert held_out_expected((clip(0.02, 12),), (CLIP,), 0) is None
 
 
 def test_a_fall_of_held_out_scores_is_a_share_of_their_own_baseline() -> None:

@@ -14,13 +14,17 @@ from accelsearch.budget import Judgement, Verdict
 from accelsearch.configuration import Budget
 from accelsearch.measurement import Latency, Scores
 from accelsearch.queries import (
+    answering_trials,
     bounded,
+    doubtful_trials,
     exhausted,
+    faster_aside,
     fastest_feasible,
     feasible_trials,
-    is_refuted,
+    is_unconfirmed,
     outcomes,
     pareto_front,
+    prompts_expected,
     targeted,
 )
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial, Verification
@@ -341,13 +345,50 @@ def refuted_or_not(study: StoredStudy, **verdicts: Verdict) -> StoredStudy:
 def test_a_trial_that_held_out_prompts_did_not_confirm_is_no_answer(verdict: Verdict) -> None:
     study = study_of([trial(0, 3.0, 0.01), trial(1, 2.0, 0.01)])
     refuted = refuted_or_not(study, t0=verdict)
-    assert is_refuted(refuted, refuted.trials[0])
-    assert not is_refuted(refuted, refuted.trials[1])
+    assert is_unconfirmed(refuted, refuted.trials[0])
+    assert not is_unconfirmed(refuted, refuted.trials[1])
     assert feasible_trials(refuted) == [refuted.trials[1]]
     assert fastest_feasible(refuted) == refuted.trials[1]
     assert targeted(refuted, 2.5) is None
     kept = refuted_or_not(study, t0=Verdict.WITHIN)
     assert fastest_feasible(kept) == kept.trials[0]
+
+
+def test_a_trial_that_was_set_aside_answers_targets_and_is_the_bound_where_no_other_is() -> None:
+    study = study_of([trial(0, 3.0, 0.01), trial(1, 2.0, 0.01), trial(2, 3.5, 0.01)])
+    aside = {0: Verification(0, 0, None, (), aside=True)}
+    doubted = replace(
+        study, verifications=aside | refuted_or_not(study, t2=Verdict.OVER).verifications
+    )
+    assert is_unconfirmed(doubted, doubted.trials[0])
+    assert doubtful_trials(doubted) == [doubted.trials[0]]
+    assert feasible_trials(doubted) == [doubted.trials[1]]
+    assert fastest_feasible(doubted) == doubted.trials[1]
+    assert targeted(doubted, 1.5, "closest") == doubted.trials[1]
+    assert answering_trials(doubted) == [doubted.trials[1], doubted.trials[0]]
+    found = faster_aside(doubted)
+    assert found is not None
+    assert found[0] == doubted.trials[0]
+    assert found[1] == prompts_expected(doubted, doubted.trials[0])
+    assert targeted(doubted, 2.5) == doubted.trials[0]
+    assert targeted(doubted, 3.2) is None
+    refuted = refuted_or_not(study, t1=Verdict.OVER, t2=Verdict.OVER).verifications
+    alone = replace(study, verifications=aside | refuted)
+    assert fastest_feasible(alone) == alone.trials[0]
+    assert faster_aside(alone) is None
+
+
+def test_of_the_trials_that_were_set_aside_the_fastest_that_can_be_verified_is_told() -> None:
+    trials = [trial(0, 3.0, 0.02), trial(1, 2.5, 0.01), trial(2, 2.0, 0.0), trial(3, 1.5, 0.0)]
+    asides = {number: Verification(number, 0, None, (), aside=True) for number in (0, 1, 3)}
+    study = replace(study_of(trials), verifications=asides)
+    # No number of prompts verifies the loss of all of the budget.
+    assert prompts_expected(study, study.trials[0]) is None
+    found = faster_aside(study)
+    assert found is not None
+    assert found[0] == study.trials[1]
+    slower = replace(study, verifications={3: asides[3]})
+    assert faster_aside(slower) is None
 
 
 def test_where_nothing_is_confirmed_the_fastest_is_the_bound_all_the_same() -> None:

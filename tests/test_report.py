@@ -48,6 +48,7 @@ from accelsearch.storage import (
     read_studies,
     read_study,
     record,
+    record_aside,
     record_verification,
 )
 
@@ -121,6 +122,23 @@ def test_what_held_out_prompts_refuted_is_not_said_to_be_within_the_budget(
     assert note(refuted).count("not verified on held-out prompts") == 1
     assert "is the fastest within the budget" not in note(refuted)
     assert result(refuted)["fastest within the budget"].endswith("not verified on held-out prompts")
+
+
+def test_what_was_set_aside_is_not_said_to_be_tried(database: BaseStorage) -> None:
+    study = opened(database)
+    number = add_trial(study, 2.3, 0.01)
+    record_aside(study, number)
+    aside = read_study(study)
+    for told in (markdown([aside], []), html_page([aside], [aside], no_pairs)):
+        assert "2.30 times as fast, not verified on held-out prompts" in told
+        assert "not tried" in told
+    assert "it takes some" in html_page([aside], [aside], no_pairs)
+    assert "not yet verified on prompts that the search never saw" in summary([aside])
+    other = {"cache_interval": 5, "cache_branch_id": 1}
+    add_trial(study, 2.5, 0.01, params=other)  # by a search without held-out prompts
+    best = read_study(study)
+    told = dict(sureness(best, best.trials[1]))
+    assert told["Verification"].startswith("none so far")
 
 
 def test_a_baseline_that_scores_nothing_leaves_a_trial_without_a_loss(
@@ -311,6 +329,10 @@ def test_sureness_tells_intervals_prompts_and_verification(database: BaseStorage
     assert told["Loss, clip_score"] == "clip_score loss 1 % of 2 %, all 2 prompts of the search"
     assert told["Budget"].startswith("kept in the mean over these prompts")
     assert told["Verification"].startswith("none so far: set held_out_images")
+    record_aside(study, number)
+    told = dict(sureness(read_study(study), read_study(study).trials[number]))
+    assert told["Verification"].startswith("not tried on the held-out prompts, since it takes some")
+    assert "verify no feasible trial" in told["Beware"]
     record_verification(study, number, 0, [Scores("clip_score", (100.0,) * 500, (99.9,) * 500)])
     told = dict(sureness(read_study(study), read_study(study).trials[number]))
     assert told["Verification"].startswith("verified on 500 held-out prompts and seeds")

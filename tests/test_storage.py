@@ -32,6 +32,7 @@ from accelsearch.errors import StorageError
 from accelsearch.measurement import Measurement, Scores
 from accelsearch.storage import (
     Outcome,
+    Verification,
     create_study,
     exists,
     open_storage,
@@ -40,6 +41,7 @@ from accelsearch.storage import (
     read_studies,
     read_study,
     record,
+    record_aside,
     record_request,
     record_verification,
     redacted,
@@ -746,6 +748,36 @@ def test_what_held_out_prompts_scored_comes_back_with_its_verdict(
     assert [one.candidate for one in stored.verifications.values()] == [0, 1]
     assert not stored.verifications[0].verified
     assert stored.verifications[1].verified
+
+
+def test_that_a_trial_was_set_aside_comes_back_until_it_is_verified(
+    database: BaseStorage, url: str
+) -> None:
+    study = started(database)
+    add_trial(study, 2.0, 0.01)
+    record_aside(study, 0)
+    (stored,) = read_studies(open_storage(url))
+    assert stored.verifications == {0: Verification(0, 0, None, (), aside=True)}
+    record_verification(study, 0, 1, (Scores("clip_score", (50.0,) * 300, (50.0,) * 300),))
+    (stored,) = read_studies(open_storage(url))
+    assert (stored.verifications[0].aside, stored.verifications[0].verified) == (False, True)
+
+
+def test_a_setting_that_is_verified_is_so_though_another_trial_of_it_was_set_aside(
+    database: BaseStorage, url: str
+) -> None:
+    study = started(database)
+    add_trial(study, 2.0, 0.01)
+    add_trial(study, 2.1, 0.01)
+    record_aside(study, 0)
+    record_verification(study, 1, 1, (Scores("clip_score", (50.0,) * 300, (40.0,) * 300),))
+    (stored,) = read_studies(open_storage(url))
+    assert stored.trials[0].setting == stored.trials[1].setting
+    for trial in stored.trials:
+        verification = stored.verification(trial)
+        assert verification is not None
+        assert not verification.aside
+    assert stored.shares_spent == 1
 
 
 def test_requests_and_what_was_resumed_come_back(database: BaseStorage, url: str) -> None:

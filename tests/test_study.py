@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -52,6 +53,7 @@ from accelsearch.storage import (
     give_up,
     open_storage,
     read_studies,
+    record,
     record_verification,
     study_name,
 )
@@ -187,7 +189,8 @@ class Events:
         self.told.append(study.trials[-1].outcome.value)
 
     def verified(self, study: StoredStudy, verification: Verification) -> None:
-        kept = "verified" if verification.verified else "refuted"
+        kept = "aside" if verification.aside else "refuted"
+        kept = "verified" if verification.verified else kept
         self.told.append(f"trial {verification.trial} {kept}")
 
     def warned(self, of: str) -> None:
@@ -244,6 +247,21 @@ class Lab:
     def trials(self) -> tuple[StoredTrial, ...]:
         (study,) = read_studies(open_storage(self.url))
         return study.trials
+
+    @property
+    def verifications(self) -> Mapping[int, Verification]:
+        (study,) = read_studies(open_storage(self.url))
+        return study.verifications
+
+    def add(self, measurement: Measurement) -> None:
+        """Store a feasible trial that nobody has searched for."""
+        study = self.study
+        study.enqueue_trial(dict(measurement.params))
+        trial = study.ask()
+        for parameter in (INTERVAL, BRANCH):
+            trial.suggest_int(parameter.name, parameter.low, parameter.high)
+        record(trial, Outcome.FEASIBLE, "added", measurement=measurement)
+        study.tell(trial, measurement.latency.speedup)
 
     def suggest(self, *settings: tuple[int, int]) -> None:
         """Let these settings be the next ones, whatever the sampler would choose."""
@@ -1321,10 +1339,22 @@ HELD_OUT = tuple(f"held out {number}" for number in range(150))
 
 
 class Judged(Stand):
-    """A stand-in that loses on held-out prompts what `losses` says, by interval; else nothing."""
+    """A stand-in that loses on held-out prompts what `losses` says, by interval; else nothing.
 
-    def __init__(self, losses: Mapping[int, float] | None = None) -> None:
-        super().__init__()
+    On those of the search it loses what `searched` says, and else nothing within the budget.
+    """
+
+    def __init__(
+        self,
+        losses: Mapping[int, float] | None = None,
+        searched: Mapping[tuple[int, int], float] | None = None,
+    ) -> None:
+        def scores(params: Params) -> tuple[Scores, ...]:
+            interval, branch = setting(params)
+            loss = (searched or {}).get((interval, branch), 0.0 if interval < 4 else 0.1)
+            return (Scores("clip_score", (50.0,) * IMAGES, (50 * (1 - loss),) * IMAGES),)
+
+        super().__init__(scores=scores)
         self.losses = losses or {}
         self.held_out: list[tuple[int, int]] = []
         self.known: list[int] = []
@@ -1487,6 +1517,175 @@ def test_an_undecided_verification_on_other_prompts_is_not_gone_on_with(lab: Lab
     found = lab.search(bench, trials=1, held_out_prompts=others)
     assert bench.held_out == []
     assert found.study.verifications[0].undecided
+
+
+def test_what_held_out_prompts_are_too_few_for_is_set_aside_until_there_are_more(lab: Lab) -> None:
+    close = {(3, 0): 0.03}
+    bench, events = Judged(searched=close), Events()
+    found = lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert bench.held_out == [(3, 1)]
+    assert found.best is not None
+    assert found.best.params == {"cache_interval": 3, "cache_branch_id": 1}
+    aside, asked = sorted(found.study.verifications.values(), key=lambda one: not one.aside)
+    assert (aside.aside, aside.verified, aside.undecided, aside.images) == (True, False, False, 0)
+    assert (asked.verified, asked.candidate) == (True, 0)  # none of the error was spent before
+    assert f"trial {aside.trial} aside" in events.told
+    assert verification_told(found.study, aside) == (
+        "not tried on the held-out prompts, since it takes some 429 to verify it "
+        "(clip_score loss 3 % of 3.5 %)"
+    )
+    told = "trial 0 reaches 1.50x, and it takes some 429 held-out prompts to verify it: raise "
+    assert any(told in one for one in events.told)
+    again = Judged(searched=close)
+    lab.search(again, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert again.loaded == 0
+    more = tuple(f"held out {number}" for number in range(450))
+    found = lab.search(again, trials=12, sampler="grid", held_out_prompts=more)
+    assert again.held_out == [(3, 0)]
+    assert found.best is not None
+    assert found.best.params == {"cache_interval": 3, "cache_branch_id": 0}
+    verification = found.study.verification(found.best)
+    assert verification is not None
+    assert (verification.verified, verification.candidate) == (True, 1)
+
+
+def test_what_was_slower_than_a_trial_that_is_set_aside_is_scored_after_all(lab: Lab) -> None:
+    lab.search(Judged(searched={(3, 0): 0.03}), trials=1, held_out_prompts=())
+    lab.suggest((2, 0))
+    lab.search(Judged(), trials=2, held_out_prompts=())
+    assert lab.trials[1].outcome is Outcome.DOMINATED
+    bench = Judged()
+    found = lab.search(bench, trials=2, held_out_prompts=HELD_OUT)
+    assert bench.measured == [{"cache_interval": 2, "cache_branch_id": 0}]
+    assert bench.held_out == [(2, 0)]
+    assert found.best is not None
+    assert found.best.resumes == 1
+
+
+def test_a_trial_that_is_set_aside_is_not_timed_on(lab: Lab) -> None:
+    bench = TimedAndJudged(searched={(3, 0): 0.03})
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    timed = Counter(setting(params) for params in bench.measured)
+    assert found.best is not None
+    assert timed[setting(found.best.params)] > 1
+    assert timed[3, 0] == 1
+
+
+def test_where_held_out_prompts_are_too_few_for_all_the_fastest_is_the_best_and_timed(
+    lab: Lab,
+) -> None:
+    close = {(interval, branch): 0.03 for interval in (2, 3) for branch in range(3)}
+    bench = TimedAndJudged(searched=close)
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert bench.held_out == []
+    assert found.best is not None
+    assert found.best.params == {"cache_interval": 3, "cache_branch_id": 0}
+    assert found.best.measurement is not None
+    assert found.best.measurement.latency.is_precise(0.03)
+    assert all(one.aside for one in found.study.verifications.values())
+
+
+def test_what_was_set_aside_is_asked_about_if_it_loses_less_when_it_is_timed_on(lab: Lab) -> None:
+    class Better(TimedAndJudged):
+        def measure(self, params: Params, **question: Any) -> Result:
+            close = 0.0 if dict(params) in self.scored else 0.03
+            loss = close if setting(params)[0] < 4 else 0.1
+            score = Scores("clip_score", (50.0,) * IMAGES, (50 * (1 - loss),) * IMAGES)
+            self.scores = lambda _: (score,)
+            return super().measure(params, **question)
+
+    bench = Better()
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert bench.held_out == [(3, 0)]
+    assert found.best is not None
+    assert found.best.resumes is not None
+    verification = found.study.verification(found.best)
+    assert verification is not None
+    assert (verification.verified, verification.candidate) == (True, 0)
+
+
+def test_a_target_is_answered_by_what_was_set_aside_which_is_tried_then(lab: Lab) -> None:
+    close = {(3, 0): 0.03}
+    bench = Judged(searched=close)
+    lab.search(bench, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    again, events = Judged(searched=close), Events()
+    found = lab.search(again, events, trials=13, goal=1.45, held_out_prompts=HELD_OUT)
+    assert again.measured == []
+    assert again.held_out == [(3, 0)]
+    assert found.answer is not None
+    assert found.answer.params == {"cache_interval": 3, "cache_branch_id": 0}
+    verification = found.study.verification(found.answer)
+    assert verification is not None
+    assert (verification.verified, verification.candidate) == (True, 1)
+    assert not [one for one in events.told if "raise held_out_images" in one]
+    lab.search(again, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert again.held_out == [(3, 0)]
+
+
+def test_what_is_undecided_and_close_to_the_budget_is_not_set_aside(lab: Lab) -> None:
+    close, more = {(3, 0): 0.033}, tuple(f"held out {number}" for number in range(400))
+    first = Judged({3: 0.02}, searched=close)
+    lab.search(first, trials=1, held_out_prompts=HELD_OUT[:100], goal=1.2)
+    assert [one.undecided for one in lab.verifications.values()] == [True]
+    bench = Judged(searched=close)
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=more)
+    verification = found.study.verifications[0]
+    assert (verification.aside, verification.verified, verification.candidate) == (False, True, 0)
+
+
+def test_two_trials_of_one_setting_are_set_aside_together_and_once(lab: Lab) -> None:
+    lab.search(Judged(searched={(3, 0): 0.03}), trials=1, held_out_prompts=HELD_OUT)
+    assert [one.aside for one in lab.verifications.values()] == [True]
+    (stored,) = lab.trials
+    assert stored.measurement is not None
+    # Another worker has measured it as well, as a little faster and with more loss.
+    score = Scores("clip_score", (50.0,) * IMAGES, (50 * (1 - 0.031),) * IMAGES)
+    faster = Latency((1.0,) * 6, (1 / 1.55,) * 6)
+    lab.add(replace(stored.measurement, scores=(score,), latency=faster))
+    bench, between = Judged(), HELD_OUT * 3
+    prompts = tuple(f"{number}: {one}" for number, one in enumerate(between))[:380]
+    found = lab.search(bench, trials=2, held_out_prompts=prompts)
+    assert (3, 0) not in bench.held_out
+    assert found.best is not None
+
+
+def test_a_trial_that_was_set_aside_and_is_slower_than_the_bound_is_not_told(lab: Lab) -> None:
+    bench, events = Judged(searched={(3, 0): 0.1, (2, 0): 0.03}), Events()
+    lab.search(bench, trials=1, held_out_prompts=HELD_OUT)
+    lab.suggest((2, 0))
+    lab.search(bench, events, trials=2, held_out_prompts=HELD_OUT)
+    assert [one.aside for one in lab.verifications.values()] == [True]
+    lab.search(bench, events, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
+    assert bench.held_out == [(3, 1)]
+    assert not [one for one in events.told if "raise held_out_images" in one]
+
+
+def test_settings_slower_than_no_acceleration_are_not_gone_on_with(lab: Lab) -> None:
+    close = {(interval, branch): 0.03 for interval in (2, 3) for branch in range(3)}
+    lab.search(Judged(searched=close), trials=1, held_out_prompts=())
+    lab.suggest((2, 2), (3, 2), (2, 1))
+    lab.search(Judged(searched=close), trials=4, held_out_prompts=())
+    assert [one.outcome for one in lab.trials[1:]] == 3 * [Outcome.DOMINATED]
+    bench = Judged(searched=close)
+    lab.search(bench, trials=4, held_out_prompts=HELD_OUT)
+    assert [setting(params) for params in bench.measured] == [(3, 2)]
+
+
+def test_a_bound_that_too_few_prompts_are_left_for_is_timed_all_the_same(lab: Lab) -> None:
+    bench = TimedAndJudged({3: 0.2})
+    found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=fewest(lab))
+    assert len(bench.held_out) == 1
+    assert found.best is not None
+    assert found.study.verification(found.best) is None
+    assert found.best.measurement is not None
+    assert found.best.measurement.latency.is_precise(0.03)
+
+
+def test_the_answer_to_a_target_is_tried_however_close_it_is_to_the_budget(lab: Lab) -> None:
+    bench = Judged(searched={(3, 0): 0.03})
+    found = lab.search(bench, trials=1, goal=1.2, held_out_prompts=HELD_OUT)
+    assert bench.held_out == [(3, 0)]
+    assert found.answer is not None
 
 
 def test_a_setting_that_too_few_prompts_are_left_for_is_not_tried_on_them(lab: Lab) -> None:

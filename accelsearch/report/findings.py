@@ -30,8 +30,9 @@ from accelsearch.queries import (
     exhausted,
     fastest_feasible,
     feasible_trials,
-    is_refuted,
+    is_unconfirmed,
     outcomes,
+    verification_told,
 )
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
@@ -123,7 +124,7 @@ def summary(studies: Sequence[StoredStudy]) -> str:
 def verified(study: StoredStudy, trial: StoredTrial) -> bool | None:
     """What held-out prompts say of a trial; None where it was not tried on any."""
     found = study.verification(trial)
-    return None if found is None else found.verified
+    return None if found is None or found.aside else found.verified
 
 
 def baseline_s(study: StoredStudy) -> float | None:
@@ -349,13 +350,13 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
             (
                 "Verification",
                 "other trials were tried on the held-out prompts, and this one was not"
-                if study.verifications
+                if study.shares_spent
                 else "none so far: set held_out_images in the plan, and run accelsearch bounds to "
                 "its end",
             )
         )
     elif verification.judgement is None:
-        told.append(("Verification", f"failed on the held-out prompts: {verification.failure}"))
+        told.append(("Verification", verification_told(study, verification)))
     else:
         by_metric = {one.metric: one for one in verification.scores}
         parts = []
@@ -372,7 +373,7 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
                 f"{confidence_told(verification.candidate)} confidence: {'; '.join(parts)}",
             )
         )
-    if is_refuted(study, trial):
+    if is_unconfirmed(study, trial):
         told.append(("Beware", "held-out prompts verify no feasible trial of this study"))
     counted = outcomes(study)
     measured = sum(

@@ -22,7 +22,7 @@ from accelsearch import __version__, figures
 from accelsearch.budget import loss_told
 from accelsearch.measurement import Environment, score_loss, seconds_told, settings_told
 from accelsearch.pictures import AMPLIFIED, Pair
-from accelsearch.queries import fastest_feasible, is_refuted, outcomes
+from accelsearch.queries import fastest_feasible, is_unconfirmed, outcomes, prompts_expected
 from accelsearch.report import findings
 from accelsearch.storage import Outcome, StoredStudy, StoredTrial
 
@@ -141,7 +141,7 @@ def _told(studies: Sequence[StoredStudy], stored: Iterable[StoredStudy]) -> dict
         "title": "Nothing keeps its budget yet"
         if top is None
         else f"{top[0].speedup:.2f} times as fast, not verified on held-out prompts"
-        if is_refuted(top[1], top[0])
+        if is_unconfirmed(top[1], top[0])
         else f"{top[0].speedup:.2f} times as fast within the budget",
         "summary": findings.summary(studies),
         "devices": ", ".join(devices),
@@ -223,7 +223,13 @@ def _loss(told: str, metric: str) -> tuple[str, str]:
 def _trust(study: StoredStudy, trial: StoredTrial) -> dict[str, str]:
     found = study.verification(trial)
     if found is None:
-        told = "other trials were" if study.verifications else "nor was any other trial"
+        told = "other trials were" if study.shares_spent else "nor was any other trial"
+        return {"word": "not tried", "told": told, "mood": ""}
+    if found.aside:
+        expected = prompts_expected(study, trial)
+        told = (
+            "too close to its budget" if expected is None else f"it takes some {expected} prompts"
+        )
         return {"word": "not tried", "told": told, "mood": ""}
     if found.failure is not None:
         return {"word": "not verified", "told": found.failure, "mood": "bad"}

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from accelsearch.budget import loss_told
 from accelsearch.figures import loss_axis
 from accelsearch.measurement import settings_told
-from accelsearch.queries import fastest_feasible, is_refuted, pareto_front
+from accelsearch.queries import fastest_feasible, is_unconfirmed, pareto_front
 from accelsearch.report.findings import name_of
 from accelsearch.storage import Outcome, StoredStudy
 
@@ -45,7 +45,7 @@ def _panel(study: StoredStudy) -> Image.Image:
     if best is not None:
         loss = best.loss(budget)
         cost = "" if loss is None else f", {loss_told(loss, budget)}"
-        sure = ", not verified on held-out prompts" if is_refuted(study, best) else ""
+        sure = ", not verified on held-out prompts" if is_unconfirmed(study, best) else ""
         told = f"Best {best.speedup:.2f}x{cost}{sure}: {settings_told(best.params)}"
     pen.text((40, 74), _short(told, 110), _FAINT, text)
     points = [
