@@ -23,8 +23,8 @@ upper end of its 95 % interval (one-sided, Student's t). A strategy has reached 
 setting that it holds for within the budget, by its own measurements, has 98 % of the reference's
 speedup; settings whose mean loss on the truth split is over the budget are passed over in this,
 as verification should. Exported is the fastest that `budget.verify` confirms on the verification
-split, with `candidate_alpha`: of all that it holds, or, for ours, of what it goes on to find where
-its answers are refuted, at most six.
+split, with `candidate_alpha`: of all that it holds, or, for ours, of what it goes on to find. Ours
+asks about six at most, and sets those aside that the split would not confirm by their own losses.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ from numpy.typing import NDArray
 from record import read
 from scipy.stats import t as student
 
-from accelsearch.budget import Verdict, candidate_alpha, decide, verify
+from accelsearch.budget import Verdict, candidate_alpha, decide, prompts_needed, verify
 from accelsearch.configuration import Budget
 from accelsearch.contract import within
 from accelsearch.guide import Guide, Observation
+from accelsearch.judging import held_out_needed
 from accelsearch.latency import comparable, contender, dominated
 from accelsearch.measurement import Latency, Scores, pair_noise
 from accelsearch.methods import Parameter, effective
@@ -209,6 +210,7 @@ class Search:
         self.trials: list[Trial] = []
         self.history: list[tuple[float, float]] = []  # spent_s, share of the reference's speedup
         self.refuted: list[int] = []  # settings that the verification split did not confirm
+        self.aside: list[int] = []  # and those that it is not asked about
         self.exported: Trial | None = None
         self._losses = table.losses["search"][
             :, :, self.rng.permutation(table.losses["search"].shape[2])
@@ -274,6 +276,25 @@ class Search:
         self.refuted.append(trial.setting)
         return False
 
+    @property
+    def can_tell(self) -> bool:
+        """Whether one more is asked about, and the verification split is enough to confirm it."""
+        needed = held_out_needed(self.table.budgets, len(self.refuted))
+        prompts = self.table.losses["verification"].shape[2]
+        return len(self.refuted) < CANDIDATES and needed is not None and needed <= prompts
+
+    def hopeful(self, trial: Trial) -> bool:
+        """Whether the verification split confirms a trial that loses on it what it lost so far."""
+        prompts, alpha = (
+            self.table.losses["verification"].shape[2],
+            candidate_alpha(len(self.refuted)),
+        )
+        expected = [
+            prompts_needed(budget, alpha, losses)
+            for losses, budget in zip(self.losses(trial), self.table.budgets, strict=True)
+        ]
+        return all(one is not None and one <= prompts for one in expected)
+
     def judged(self, trial: Trial) -> Verdict:
         given = zip(self.losses(trial), self.table.budgets, strict=True)
         return decide(given, self._prompts).verdict
@@ -285,7 +306,7 @@ class Search:
             for one in self.trials
             if one.ended == "complete"
             and one.verdict is Verdict.WITHIN
-            and one.setting not in self.refuted
+            and one.setting not in (*self.refuted, *self.aside)
         ]
         return sorted(kept, key=lambda one: -one.speedup)
 
@@ -338,17 +359,26 @@ class Ours:
         self.reason = "limit"
 
     def run(self, search: Search, limit: int) -> None:
-        for _ in range(CANDIDATES):
+        while search.exported is None and search.can_tell:
             self.find(search, limit)
             kept = search.kept()
-            if not kept or search.verify(kept[0]):
+            if kept and not search.hopeful(kept[0]):
+                search.aside.append(kept[0].setting)
+            elif (trial := search.contender()) is not None:
+                self.time_on(search, trial)
+            elif kept:
+                search.verify(kept[0])
+            else:
                 break
         if search.exported is None:  # the fastest, as not verified
-            search.refuted.clear()
+            if not search.kept():
+                (search.aside or search.refuted).clear()
+            while (trial := search.contender()) is not None:
+                self.time_on(search, trial)
             search.note()
 
     def find(self, search: Search, limit: int) -> None:
-        """Search until nothing better is likely, and time the fastest on."""
+        """Search until nothing better is likely."""
         while True:
             given_up = self.reopened(search)
             if given_up:
@@ -362,12 +392,14 @@ class Ours:
                 self.reason = self.guide.reason
                 break
             self.measure(search, search.table.settings.index(proposal.params))
-        while (trial := search.contender()) is not None:
-            pairs = min(2 * len(trial.ratios), search.max_pairs)
-            search.call(trial)  # warms up
-            while len(trial.ratios) < pairs and not trial.latency.is_precise(PRECISION):
-                search.pair(trial)
-            search.end(trial)
+
+    def time_on(self, search: Search, trial: Trial) -> None:
+        """Time one of the fastest on, with twice the pairs, until it is known to be."""
+        pairs = min(2 * len(trial.ratios), search.max_pairs)
+        search.call(trial)  # warms up
+        while len(trial.ratios) < pairs and not trial.latency.is_precise(PRECISION):
+            search.pair(trial)
+        search.end(trial)
 
     def reopened(self, search: Search) -> list[Trial]:
         """The trials that were given up as too slow and are not, by now; the fastest first."""

@@ -178,7 +178,13 @@ def test_every_strategy_is_charged_what_it_looked_at(replay: Any, path: Path, na
         assert result.regret == pytest.approx(0.0, abs=0.02)
 
 
-def test_ours_finds_the_reference_for_less_than_the_traversal(replay: Any, path: Path) -> None:
+def test_ours_finds_the_reference_for_less_than_the_traversal(
+    replay: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever the few prompts of the table would verify.
+    confirming = lambda search, trial: setattr(search, "exported", trial)  # noqa: E731
+    monkeypatch.setattr(replay.Search, "hopeful", lambda _, __: True)
+    monkeypatch.setattr(replay.Search, "verify", confirming)
     table = replay.table_of(path, [BUDGET])
     for seed in range(5):
         result = replay.replayed(table, replay.ours, seed, batch=6, limit=12)
@@ -202,6 +208,7 @@ def test_ours_goes_on_where_its_answer_is_refuted(
         return True
 
     monkeypatch.setattr(replay.Search, "verify", verify)
+    monkeypatch.setattr(replay.Search, "hopeful", lambda _, __: True)
     search = replay.Search(table, 0, batch=6)
     replay.ours(search, 12)
     assert asked == held[:3]
@@ -209,6 +216,35 @@ def test_ours_goes_on_where_its_answer_is_refuted(
     alone = replay.Search(table, 0, batch=6)
     replay.Ours(table, 0).find(alone, 12)
     assert search.spent_s > alone.spent_s
+
+
+def test_ours_sets_aside_what_the_verification_split_would_not_confirm(
+    replay: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = replay.table_of(path, [BUDGET])
+    held = np.argsort(np.where(table.holds, -table.speedup, 0.0)).tolist()
+    hopeful = lambda _, trial: trial.setting not in held[:2]  # noqa: E731
+    confirming = lambda search, trial: setattr(search, "exported", trial)  # noqa: E731
+    monkeypatch.setattr(replay.Search, "hopeful", hopeful)
+    monkeypatch.setattr(replay.Search, "verify", confirming)
+    search = replay.Search(table, 0, batch=6)
+    replay.ours(search, 12)
+    assert (search.aside, search.exported.setting) == (held[:2], held[2])
+    monkeypatch.setattr(replay.Search, "hopeful", lambda _, __: False)
+    search = replay.Search(table, 0, batch=6)
+    replay.ours(search, 12)
+    assert search.exported is None
+    assert search.kept()[0].setting == held[0]
+
+
+def test_a_setting_is_hopeful_if_its_losses_would_be_confirmed(replay: Any, path: Path) -> None:
+    table = replay.table_of(path, [BUDGET])
+    search = replay.Search(table, 0, batch=6)
+    trial = search.full(table.reference)
+    search._losses = np.zeros_like(search._losses)
+    assert search.hopeful(trial)
+    search._losses += 0.999 * BUDGET.max_loss
+    assert not search.hopeful(trial)
 
 
 def test_an_answer_that_nothing_verifies_is_the_fastest_all_the_same(
