@@ -285,10 +285,8 @@ class Search:
 
     def hopeful(self, trial: Trial) -> bool:
         """Whether the verification split confirms a trial that loses on it what it lost so far."""
-        prompts, alpha = (
-            self.table.losses["verification"].shape[2],
-            candidate_alpha(len(self.refuted)),
-        )
+        prompts = self.table.losses["verification"].shape[2]
+        alpha = candidate_alpha(len(self.refuted))
         expected = [
             prompts_needed(budget, alpha, losses)
             for losses, budget in zip(self.losses(trial), self.table.budgets, strict=True)
