@@ -96,7 +96,7 @@ def measure_latency(
     most = settings.max_pairs if pairs is None else pairs
     calls = calls or _Repeated(configuration)
     device = pipeline.device
-    memory = _Memory(pipeline, held_bytes)
+    memory = _Memory(pipeline, device, held_bytes)
 
     def timed(accelerated: bool, index: int) -> tuple[float, torch.Tensor]:
         prompts, seeds = calls.inputs(index)
@@ -241,11 +241,14 @@ class _Memory:
     among what torch counts as allocated during a replay.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, held_bytes: Callable[[], int]) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, device: torch.device, held_bytes: Callable[[], int]
+    ) -> None:
         import torch
 
-        self._cuda = torch.cuda if pipeline.device.type == "cuda" else None
-        self._pipeline = pipeline
+        self._cuda = torch.cuda if device.type == "cuda" else None
+        self._device = device
+        self._own_bytes = _weight_bytes(pipeline, device) if self._cuda else 0
         self._held_bytes = held_bytes
         self._peak_bytes = {False: 0, True: 0}
 
@@ -255,8 +258,8 @@ class _Memory:
         if self._cuda is None:
             yield
             return
-        device = self._pipeline.device
-        foreign_bytes = self._cuda.memory_allocated(device) - _weight_bytes(self._pipeline)
+        device = self._device
+        foreign_bytes = self._cuda.memory_allocated(device) - self._own_bytes
         held_bytes = self._held_bytes() if accelerated else 0
         self._cuda.reset_peak_memory_stats(device)
         yield
@@ -267,8 +270,12 @@ class _Memory:
         return None if self._cuda is None else self._peak_bytes[accelerated]
 
 
-def _weight_bytes(pipeline: DiffusionPipeline) -> int:
-    """Bytes of the pipeline's parameters and buffers on its device, shared storage counted once."""
+def _weight_bytes(pipeline: DiffusionPipeline, device: torch.device) -> int:
+    """Bytes of the pipeline's parameters and buffers on a device, shared storage counted once.
+
+    The device is given, since diffusers looks through all modules for a pipeline's. Asked for each
+    tensor of SDXL, that took more than ten seconds.
+    """
     import torch
 
     storages = {
@@ -276,7 +283,7 @@ def _weight_bytes(pipeline: DiffusionPipeline) -> int:
         for component in pipeline.components.values()
         if isinstance(component, torch.nn.Module)
         for tensor in (*component.parameters(), *component.buffers())
-        if tensor.device == pipeline.device
+        if tensor.device == device
     }
     return sum(storages.values())
 

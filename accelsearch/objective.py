@@ -31,7 +31,7 @@ from accelsearch.measurement import (
     Scores,
     score_loss,
 )
-from accelsearch.methods import METHODS, Parameter, applied
+from accelsearch.methods import METHODS, Parameter, prepared
 from accelsearch.methods.compile import backend
 from accelsearch.quality import ClipScore, Metric, load_metrics
 from accelsearch.storage import Outcome
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bench", "Result", "check_models", "environment_of"]
 
+_Accelerate = Callable[[], AbstractContextManager[None]]
 _BESIDE = ("psnr", "ssim")  # recorded whatever the budget: CLIP scores alone are nearly blind
 
 
@@ -117,6 +118,7 @@ class Bench:
         self._run = pipelines.run_of(configuration)
         for method in configuration.methods:
             METHODS[method].check(self.pipeline, self._run)
+        gc.collect()  # what loading leaves, now and not between two calls
         self._metrics: dict[str, Metric] | None = None
         order, size = configuration.order, configuration.batch_size
         self._batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -168,9 +170,11 @@ class Bench:
         """
         seconds = _Stopwatch()
         beat = max((one for one in (incumbent, goal) if one is not None), default=None)
-        scoring = _Scoring(self, params, known.scores if known else (), seconds, score=score)
+        accelerate = self._accelerated(params)
+        scores = known.scores if known else ()
+        scoring = _Scoring(self, accelerate, scores, seconds, score=score)
         most = self.configuration.latency.max_pairs if pairs is None else pairs
-        timing = self._timed(params, beat, noise, known, most, scoring, seconds)
+        timing = self._timed(params, accelerate, beat, noise, known, most, scoring, seconds)
         too_slow = dominated(timing.latency, beat, noise)
         if score and not too_slow:
             scoring.finish()
@@ -215,6 +219,7 @@ class Bench:
     def _timed(
         self,
         params: Mapping[str, ParamValue],
+        accelerate: _Accelerate,
         beat: float | None,
         noise: float | None,
         known: Measurement | None,
@@ -239,7 +244,7 @@ class Bench:
             timing = measure_latency(
                 self.pipeline,
                 self.configuration,
-                lambda: self._accelerated(params),
+                accelerate,
                 incumbent=beat,
                 noise=noise,
                 known=None if known is None else known.latency,
@@ -290,6 +295,7 @@ class Bench:
         if not metrics.keys() <= scored:  # all are of the same prompts, or none
             known = ()
         configuration, found = self.configuration, _Collected(metrics, known)
+        accelerate = self._accelerated(params)
         prompts, begun = configuration.held_out_prompts, len(known[0].accelerated) if known else 0
         for start in range(begun, len(prompts), self._size):
             rows = range(start, min(start + self._size, len(prompts)))
@@ -302,7 +308,7 @@ class Bench:
                 batch.images = self._made_baseline(batch)
                 self._baseline[key] = batch
             batch = self._baseline[key]
-            with _faults(), self._accelerated(params):
+            with _faults(), accelerate():
                 images = pipelines.generate(
                     self.pipeline, configuration, batch.prompts, batch.seeds
                 )
@@ -310,8 +316,10 @@ class Bench:
                 found.add(images, batch)
         return found.scores
 
-    def _accelerated(self, params: Mapping[str, ParamValue]) -> AbstractContextManager[None]:
-        return applied(self.pipeline, params, self.configuration.methods, self._run)
+    def _accelerated(self, params: Mapping[str, ParamValue]) -> _Accelerate:
+        """Checked once for all calls of a setting."""
+        with _faults():
+            return prepared(self.pipeline, params, self.configuration.methods, self._run)
 
     @property
     def _size(self) -> int:
@@ -407,20 +415,21 @@ class _Scoring:
     def __init__(
         self,
         bench: Bench,
-        params: Mapping[str, ParamValue],
+        accelerate: _Accelerate,
         known: tuple[Scores, ...],
         seconds: _Stopwatch,
         *,
         score: bool,
     ) -> None:
         self._bench = bench
-        self._params = params
+        self._accelerate = accelerate
         if not set(bench._metric_names) <= {one.metric for one in known}:
             known = ()  # scored for other budgets, by other metrics
         self._known = known
         self._seconds = seconds
         self._score = score
         self._collected: _Collected | None = None
+        self._judged: tuple[int, Judgement | None] | None = None  # of so many images
         seen = len(known[0].accelerated) if known else 0
         self._first = self._next = -(-seen // bench._size)  # the batch to be scored next
         # Of the whole batches alone: a smaller one takes less time.
@@ -464,7 +473,7 @@ class _Scoring:
                 batch = bench._baseline_batch(self._next, self._seconds)
                 done = self._next * bench._size
                 bench._say(f"scoring {done}/{bench.configuration.images}")
-                with self._seconds("images"), _faults(), bench._accelerated(self._params):
+                with _faults(), self._accelerate(), self._seconds("images"):
                     images = pipelines.generate(
                         bench.pipeline, bench.configuration, batch.prompts, batch.seeds
                     )
@@ -476,10 +485,13 @@ class _Scoring:
 
     @property
     def judgement(self) -> Judgement | None:
-        configuration = self._bench.configuration
-        if not self._score or not self.scores:
+        configuration, scores = self._bench.configuration, self.scores
+        if not self._score or not scores:
             return None
-        return judge(self.scores, configuration.budgets, configuration.images)
+        seen = len(scores[0].accelerated)
+        if self._judged is None or self._judged[0] != seen:  # it is asked for again and again
+            self._judged = (seen, judge(scores, configuration.budgets, configuration.images))
+        return self._judged[1]
 
     def pictured(self) -> torch.Tensor | None:
         """All scored images, if this trial has made them from the first on."""

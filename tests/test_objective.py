@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from accelsearch.errors import (
 )
 from accelsearch.judging import FIRST_LOOK
 from accelsearch.measurement import Scores
-from accelsearch.methods import METHODS, Parameter, applied
+from accelsearch.methods import METHODS, Parameter, applied, prepared
 from accelsearch.objective import Bench, check_models, environment_of
 from accelsearch.quality import METRICS, ClipScore
 from accelsearch.storage import Outcome, StoredTrial
@@ -87,7 +88,7 @@ def spoil(
         with applied(pipeline, *arguments), fault(pipeline):
             yield
 
-    monkeypatch.setattr(objective, "applied", spoilt)
+    monkeypatch.setattr(objective, "prepared", lambda *of: partial(spoilt, *of))
 
 
 def raising(error: BaseException) -> Callable[[Any], AbstractContextManager[None]]:
@@ -488,7 +489,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return plain(*arguments)
 
     plain = pipelines.call
-    monkeypatch.setattr(objective, "applied", watched)
+    monkeypatch.setattr(objective, "prepared", lambda *of: partial(watched, *of))
     monkeypatch.setattr(pipelines, "call", call)
     monkeypatch.setattr(latency, "call", call)
     return calls
@@ -498,6 +499,24 @@ def losing(monkeypatch: pytest.MonkeyPatch, loss: float) -> None:
     """Let every accelerated image of a first measurement lose this much of its CLIP score."""
     metrics = {"clip_score": Losing(loss), "psnr": METRICS["psnr"], "ssim": METRICS["ssim"]}
     monkeypatch.setattr(objective, "load_metrics", lambda *_: metrics)
+
+
+def test_a_setting_is_checked_once_for_all_its_calls(
+    make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[object] = []
+
+    def watched(pipeline: Any, params: Any, *rest: Any) -> Any:
+        checked.append(params)
+        return prepared(pipeline, params, *rest)
+
+    timing = LatencySettings(min_pairs=3, max_pairs=3)
+    bench = make_bench(latency=timing, held_out_prompts=("a cat", "a dog"))
+    monkeypatch.setattr(objective, "prepared", watched)
+    bench.measure(FINE)
+    assert checked == [FINE]
+    bench.held_out_scores(FINE)
+    assert checked == [FINE, FINE]
 
 
 def test_a_setting_far_over_its_budget_is_given_up_after_its_first_images(

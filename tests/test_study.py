@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -567,7 +568,7 @@ def test_images_with_nan_are_a_failed_trial_of_the_real_bench(
             finally:
                 bias.copy_(before)
 
-    monkeypatch.setattr(objective, "applied", spoilt)
+    monkeypatch.setattr(objective, "prepared", lambda *of: partial(spoilt, *of))
     found = lab.search(
         objective.Bench,
         trials=2,

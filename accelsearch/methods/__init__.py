@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import (
+    Callable,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from accelsearch.errors import PlanError, UnsupportedError, nearest
@@ -30,6 +38,7 @@ __all__ = [
     "applied",
     "effective",
     "get",
+    "prepared",
     "space",
     "split",
     "starts",
@@ -181,8 +190,22 @@ def applied(
     applied in METHODS order and undone last in, first out. One at its identity is not applied:
     it would change nothing, and at a cost.
 
-    Raises, before anything is patched, what `split` raises, and UnsupportedError if a method
-    cannot serve the pipeline or a value makes no difference on it.
+    Raises, before anything is patched, what `prepared` raises.
+    """
+    with prepared(pipeline, params, methods, run)():
+        yield
+
+
+def prepared(
+    pipeline: DiffusionPipeline,
+    params: Mapping[str, Value],
+    methods: Iterable[str],
+    run: Run,
+) -> Callable[[], AbstractContextManager[None]]:
+    """What is `applied`, checked once and entered as often as wanted: a search does between calls.
+
+    Raises what `split` raises, and UnsupportedError if a method cannot serve the pipeline or a
+    value makes no difference on it.
     """
     by_method = split(params, methods)
     settings: dict[str, dict[str, Value]] = {}
@@ -201,6 +224,13 @@ def applied(
             settings[name] = values
     marked = [METHODS[name].full_steps(values) for name, values in settings.items()]
     run = replace(run, full_steps=run.full_steps.union(*marked))
+    return partial(_in_order, pipeline, settings, run)
+
+
+@contextmanager
+def _in_order(
+    pipeline: DiffusionPipeline, settings: Mapping[str, Mapping[str, Value]], run: Run
+) -> Iterator[None]:
     with ExitStack() as stack:
         for name, values in settings.items():
             phase = stack.enter_context(METHODS[name].apply(pipeline, values, run))

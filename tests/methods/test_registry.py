@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from accelsearch.errors import PlanError, UnsupportedError
-from accelsearch.methods import METHODS, applied, effective, get, space, split, starts
+from accelsearch.methods import METHODS, applied, effective, get, prepared, space, split, starts
 from accelsearch.methods.base import CallSteps, Parameter, Run
 
 RUN = Run(steps=4, guidance_scale=4.0, batch_size=1, height=32, width=32, scheduler="DDIM", seed=0)
@@ -194,6 +194,21 @@ def test_applied_leaves_a_method_at_its_identity_out(log: list[str]) -> None:
     with applied(object(), {"first_level": 0, "first_width": 4}, ["first", "second"], RUN):
         pass
     assert log == ["check first", "check second", "apply second [2, 2]", "undo second"]
+
+
+def test_what_is_prepared_is_checked_once_and_applied_as_often_as_it_is_entered(
+    log: list[str],
+) -> None:
+    accelerate = prepared(object(), {"first_level": 3}, ["first", "second"], RUN)
+    checked = ["check first", "check second"]
+    assert log == checked
+    for _ in range(2):
+        with accelerate():
+            log.append("body")
+    entered = ["apply first [3, 2]", "apply second [2, 2]", "body", "undo second", "undo first"]
+    assert log == checked + 2 * entered
+    with pytest.raises(UnsupportedError, match="refuser refuses"):
+        prepared(object(), {}, ["refuser"], RUN)
 
 
 def test_applied_tells_each_method_the_full_steps_of_all_that_are_applied(log: list[str]) -> None:
