@@ -362,7 +362,7 @@ def test_a_picture_is_shown_from_the_folder_and_none_that_is_not_in_it(
     assert shown_trial(ask, 1)["artifacts"] == []
     trial_id = shown_trial(ask, 0)["trial_id"]
     answer = ask(f"/artifacts/1/{trial_id}/{picture['artifact_id']}")
-    assert (answer.status, answer.type) == ("200", "image/png")
+    assert (answer.status, answer.type) == ("200", "image/jpeg")
     with Image.open(io.BytesIO(answer.body)) as image:
         assert image.size == (60, 40)
 
