@@ -6,9 +6,10 @@ Every setting is timed in pairs with the baseline, from an idle device to an idl
 search does, and the images of those calls are scored, prompt by prompt. A call is timed on one
 batch of prompts after the other, so that all prompts have their image after as many calls.
 
-A call holds as many images as there are prompts: few large kernels, so that the GPU sets its pace
-and not a host that launches them slowly. A baseline call takes several times as long as the
-accelerated ones, which tell one setting from another. So a pair may hold several: `--calls`.
+A call holds several images of every prompt, the first of which is scored: few large kernels, so
+that the GPU sets its pace and not a host that launches them slowly. A baseline call takes several
+times as long as the accelerated ones, which tell one setting from another. So a pair may hold
+several: `--calls`.
 
 The file is an .npz without pickled objects; G settings, P pairs of C accelerated calls each, N
 prompts, B calls of a batch:
@@ -97,7 +98,8 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
     parser.add_argument("--prompts", type=int, default=576, help="of all three splits together")
-    parser.add_argument("--batch", type=int, default=576, help="images of one call")
+    parser.add_argument("--batch", type=int, default=576, help="prompts of one call")
+    parser.add_argument("--images", type=int, default=2, help="of each prompt in a call")
     parser.add_argument("--pairs", type=int, default=1, help="no fewer than calls for all prompts")
     parser.add_argument("--calls", type=int, default=2, help="accelerated ones in each pair")
     parser.add_argument("--limit", type=int, help="record so many settings, evenly spread")
@@ -115,7 +117,7 @@ def main() -> int:
     if options.prompts % shares or options.prompts % options.batch:
         parser.error(f"--prompts must be a multiple of {shares}, the splits, and of --batch")
     configuration = configured(options)
-    recorder = Recorder(configuration, options.pairs, options.calls)
+    recorder = Recorder(configuration, options.pairs, options.calls, options.images)
     grid = grid_of(recorder.space)
     chosen = np.linspace(0, len(grid) - 1, min(options.limit or len(grid), len(grid)))
     rows = np.unique(chosen.round().astype(int)).tolist()
@@ -172,7 +174,9 @@ def configured(options: argparse.Namespace) -> Configuration:
         "dtype": options.dtype or ("float16" if on_gpu else "float32"),
         "device": options.device,
     }
-    return load_plan(PLAN, overrides).configurations()[0]
+    configuration = load_plan(PLAN, overrides).configurations()[0]
+    # More than the prompts: several images of each.
+    return configuration.model_copy(update={"batch_size": options.batch * options.images})
 
 
 def grid_of(space: Sequence[Parameter]) -> list[dict[str, Value]]:
@@ -216,6 +220,7 @@ def described(configuration: Configuration, recorder: Recorder, grid: int) -> di
         "seed": configuration.seed,
         "splits": dict(zip(SPLITS, itertools.pairwise(ends), strict=True)),
         "calls": recorder.calls,
+        "images": recorder.images,  # of each prompt in a call, whose first is scored
         "one_by_one_s": recorder.one_by_one_s,  # of scoring one image by accelsearch.quality
     }
 
@@ -236,12 +241,15 @@ class Recorded:
 class Recorder:
     """The pipeline, the scorer and the baseline's images, on the GPU and ready to measure."""
 
-    def __init__(self, configuration: Configuration, pairs: int, calls: int = 1) -> None:
+    def __init__(
+        self, configuration: Configuration, pairs: int, calls: int = 1, images: int = 1
+    ) -> None:
         self.configuration = configuration
         self.pipeline = pipelines.load(configuration)
         self.run = pipelines.run_of(configuration)
         self.prompts = configuration.prompts
-        size = configuration.batch_size
+        self.images = images
+        size = configuration.batch_size // images
         self.batches = [slice(start, start + size) for start in range(0, len(self.prompts), size)]
         self.pairs = max(pairs, len(self.batches))
         self.calls = calls
@@ -302,18 +310,23 @@ class Recorder:
         return found
 
     def _time(self, params: Mapping[str, Value], batch: int) -> tuple[float, torch.Tensor]:
-        """The seconds of one call, without params of the baseline, and its uint8 images."""
-        rows = range(len(self.prompts))[self.batches[batch]]
-        seeds = [self.configuration.seed + row for row in rows]
+        """The seconds of one call, without params of the baseline, and its uint8 images.
+
+        They are the first of each prompt.
+        """
+        prompts, first = self.prompts[self.batches[batch]], self.batches[batch].start
+        seeds = [
+            self.configuration.seed + first + image * len(self.prompts) + row
+            for image in range(self.images)
+            for row in range(len(prompts))
+        ]
         with self._accelerated(params):
             self._synchronize()
             start = time.perf_counter()
-            images = pipelines.call(
-                self.pipeline, self.configuration, self.prompts[self.batches[batch]], seeds
-            )
+            images = pipelines.call(self.pipeline, self.configuration, prompts * self.images, seeds)
             self._synchronize()
             took_s = time.perf_counter() - start
-        images = images.float()
+        images = images[: len(prompts)].float()
         if not bool(images.isfinite().all()):
             raise TrialError("images contain NaN")
         pixels = (images * 255).round().to(torch.uint8)
@@ -459,6 +472,11 @@ def recorded_before(
 ) -> dict[int, Recorded]:
     """The rows of an earlier file of the same machine, by their place in the grid."""
     meta, arrays = read(path)
+    if meta.get("images", 1) != recorder.images:
+        raise SystemExit(
+            f"--images must be what {path} was recorded with, {meta.get('images', 1)}, "
+            f"got {recorder.images}"
+        )
     recorder.pairs, recorder.calls = arrays["baseline_s"].shape[1], meta.get("calls", 1)
     places = {tuple(setting.items()): row for row, setting in enumerate(grid)}
     found = {}

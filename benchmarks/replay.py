@@ -130,7 +130,7 @@ def table_of(path: Path, budgets: Sequence[Budget], noise: float = 1.0) -> Table
     order = np.argsort(np.where(failed, np.inf, arrays["visited"]))[: np.sum(~failed)]
     residuals = np.diff((baseline - off[:, :: meta.get("calls", 1)])[order].ravel()) / math.sqrt(2)
     prompts = len(arrays["baseline_clip_score"]) // len(arrays["baseline_image_s"])
-    baseline_s = float(np.nanmedian(arrays["baseline_s"])) / prompts
+    baseline_s = float(np.nanmedian(arrays["baseline_s"])) / (prompts * meta.get("images", 1))
     splits = {name: slice(*ends) for name, ends in meta["splits"].items()}
     return Table(
         path.stem,
