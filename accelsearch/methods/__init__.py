@@ -202,7 +202,10 @@ def prepared(
     methods: Iterable[str],
     run: Run,
 ) -> Callable[[], AbstractContextManager[None]]:
-    """What is `applied`, checked once and entered as often as wanted: a search does between calls.
+    """Check the methods once, for an acceleration that is then entered as often as wanted.
+
+    What is returned makes a context that does what `applied` does; a search enters one for each
+    call. The params are as there.
 
     Raises what `split` raises, and UnsupportedError if a method cannot serve the pipeline or a
     value makes no difference on it.
