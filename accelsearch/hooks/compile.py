@@ -58,8 +58,7 @@ def apply_compile(
     denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
     prepared, parts = prepared_of(denoiser), parts_of(pipeline, denoiser)
     fuse_qkv = fusible(denoiser) if fuse_qkv is None else fuse_qkv
-    device_type = pipeline.device.type  # asked once: it looks through all modules
-    cuda_graphs = device_type == "cuda" if cuda_graphs is None else cuda_graphs
+    cuda_graphs = pipeline.device.type == "cuda" if cuda_graphs is None else cuda_graphs
     prepared.applied = True
     try:
         with ExitStack() as stack:
@@ -68,9 +67,9 @@ def apply_compile(
             if fuse_qkv:
                 stack.enter_context(_fused_projections(denoiser, prepared))
             if mode != _EAGER:
-                how = how or backend(device_type)
+                how = how or backend(pipeline.device.type)
                 # On the CPU torch's own are faster by far.
-                if channels_last and device_type == "cuda":
+                if channels_last and pipeline.device.type == "cuda":
                     stack.enter_context(_group_norms_channels_last(parts))
                 stack.enter_context(_compiled(parts, prepared, mode, how))
             if cuda_graphs:
