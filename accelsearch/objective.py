@@ -317,7 +317,7 @@ class Bench:
         return found.scores
 
     def _accelerated(self, params: Mapping[str, ParamValue]) -> _Accelerate:
-        """Checked once for all calls of a setting."""
+        """Worked out once for all calls of a setting."""
         with _faults():
             return prepared(self.pipeline, params, self.configuration.methods, self._run)
 

@@ -235,8 +235,11 @@ def _kept_picture(
     for name in (_NAME, _EARLIER):
         data = _kept(folder, storage, study, number, name)
         if data is not None:
-            with Image.open(io.BytesIO(data)) as kept:
-                return kept.convert("RGB")
+            try:
+                with Image.open(io.BytesIO(data)) as kept:
+                    return kept.convert("RGB")
+            except OSError:  # cut off, or somebody else's
+                continue
     return None
 
 

@@ -259,6 +259,18 @@ def test_a_picture_that_an_earlier_version_kept_is_read_and_handed_on(
             assert picture.getpixel((300, 300)) == pytest.approx((1, 2, 3), abs=2)
 
 
+@pytest.mark.parametrize("length", [0, 40, 400])
+def test_a_picture_that_is_cut_off_is_none(
+    study: optuna.Study, database: BaseStorage, tmp_path: Path, length: int
+) -> None:
+    keep_picture(tmp_path / "there", study.ask(), Image.new("RGB", (64, 64), "red"))
+    (file,) = (tmp_path / "there").iterdir()
+    file.write_bytes(file.read_bytes()[:length])
+    assert kept_picture(tmp_path / "there", database, study.study_name, 0) is None
+    later = study.ask()
+    assert not hand_on(tmp_path / "there", later, 0, title="3.10x: later")
+
+
 def test_a_picture_kept_in_another_folder_is_none(
     study: optuna.Study, database: BaseStorage, tmp_path: Path
 ) -> None:
