@@ -116,6 +116,8 @@ def main() -> int:
     shares = sum(SPLITS.values())
     if options.prompts % shares or options.prompts % options.batch:
         parser.error(f"--prompts must be a multiple of {shares}, the splits, and of --batch")
+    if options.images < 1:
+        parser.error(f"--images must be at least 1, got {options.images}")
     configuration = configured(options)
     recorder = Recorder(configuration, options.pairs, options.calls, options.images)
     grid = grid_of(recorder.space)
@@ -326,13 +328,13 @@ class Recorder:
             images = pipelines.call(self.pipeline, self.configuration, prompts * self.images, seeds)
             self._synchronize()
             took_s = time.perf_counter() - start
-        images = images[: len(prompts)].float()
+        images = images.float()
         if not bool(images.isfinite().all()):
             raise TrialError("images contain NaN")
         pixels = (images * 255).round().to(torch.uint8)
         if bool((pixels.amax(dim=(1, 2, 3)) == 0).any()):
             raise TrialError("images are black")
-        return took_s, pixels
+        return took_s, pixels[: len(prompts)]
 
     def _score(self, batch: int, images: torch.Tensor) -> tuple[float, dict[str, list[float]]]:
         """The seconds of scoring a batch, and its scores by metric."""

@@ -501,7 +501,7 @@ def losing(monkeypatch: pytest.MonkeyPatch, loss: float) -> None:
     monkeypatch.setattr(objective, "load_metrics", lambda *_: metrics)
 
 
-def test_a_setting_is_checked_once_for_all_its_calls(
+def test_what_a_setting_makes_of_its_methods_is_worked_out_once_for_all_its_calls(
     make_bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[object] = []

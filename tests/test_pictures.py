@@ -343,8 +343,8 @@ def test_a_trial_that_goes_on_with_another_has_its_pictures_under_a_title_of_its
     was, now = (np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in (before, after))
     told = comparison(images, others, ["one", "two"], title="3.10x: second")
     apart = np.abs(now.astype(int) - np.asarray(told).astype(int))
-    assert apart.mean() < 0.5
-    assert np.quantile(apart, 0.999) < 20  # at the edges of letters
+    assert apart.mean() < 0.06
+    assert np.quantile(apart, 0.999) < 10  # at the edges of letters
     assert np.abs(now.astype(int) - was)[:56].max() > 200  # the title
     kept = kept_pairs(tmp_path, database, name, first.number)
     assert [one.prompt for one in kept] == [4, 7]

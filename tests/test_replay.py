@@ -110,6 +110,20 @@ def test_the_noise_of_a_pair_holds_neither_settings_nor_what_changes_over_minute
     assert abs(noise.mean()) < 0.01
 
 
+def test_a_call_of_several_images_of_each_prompt_is_charged_by_the_image(
+    replay: Any, path: Path
+) -> None:
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    meta = json.loads(str(arrays["meta"])) | {"images": 2}
+    twice = path.with_name("twice.npz")
+    np.savez(twice, **{**arrays, "meta": np.array(json.dumps(meta))})
+    one, two = (replay.table_of(file, [BUDGET]) for file in (path, twice))
+    assert two.baseline_s == pytest.approx(one.baseline_s / 2)
+    assert two.accelerated_s == pytest.approx(one.accelerated_s / 2)
+    assert two.speedup == pytest.approx(one.speedup, nan_ok=True)
+
+
 def test_a_full_measurement_is_charged_a_warm_up_and_six_pairs(replay: Any, path: Path) -> None:
     table = replay.table_of(path, [BUDGET])
     row = table.settings.index({"cache_interval": 2, "cache_branch_id": 0})

@@ -156,7 +156,7 @@ def split(params: Mapping[str, Value], methods: Iterable[str]) -> dict[str, dict
     """Flat params by method, in METHODS order; a method none of them belongs to has an empty dict.
 
     Raises PlanError for an unknown method, a parameter that none of the methods has, and a value
-    outside the parameter's widest range. What one pipeline makes of it is for `applied` to say.
+    outside the parameter's widest range. What one pipeline makes of it is for `prepared` to say.
     """
     chosen = {get(name).name for name in methods}
     parameters = {
@@ -202,7 +202,7 @@ def prepared(
     methods: Iterable[str],
     run: Run,
 ) -> Callable[[], AbstractContextManager[None]]:
-    """Check the methods once, for an acceleration that is then entered as often as wanted.
+    """Work out once what the methods do, to be entered as often as wanted.
 
     What is returned makes a context that does what `applied` does; a search enters one for each
     call. The params are as there.

@@ -68,10 +68,9 @@ class DeepCache(AccelerationMethod):
                 f"{unet.config.down_block_types} and mid block {unet.config.mid_block_type}; "
                 "remove deepcache from methods for this model"
             )
-        patched = [module for module in unet.modules() if "forward" in vars(module)]
         if any(
             forward_is_from(package, module)
-            for module in patched
+            for module in unet.modules()
             for package in ("DeepCache", "accelsearch.hooks.deepcache")
         ):
             raise UnsupportedError(

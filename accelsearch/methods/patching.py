@@ -57,5 +57,8 @@ def denoiser_of(pipeline: DiffusionPipeline, method: str, served: Sequence[str])
 
 def forward_is_from(package: str, module: nn.Module) -> bool:
     """Whether the module's forward has been replaced by one that this package defines."""
-    origin = str(getattr(vars(module).get("forward"), "__module__", ""))
+    forward = vars(module).get("forward")
+    if forward is None:  # nearly always, and there are thousands of modules
+        return False
+    origin = str(getattr(forward, "__module__", ""))
     return origin == package or origin.startswith(f"{package}.")

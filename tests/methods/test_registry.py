@@ -196,7 +196,7 @@ def test_applied_leaves_a_method_at_its_identity_out(log: list[str]) -> None:
     assert log == ["check first", "check second", "apply second [2, 2]", "undo second"]
 
 
-def test_what_is_prepared_is_checked_once_and_applied_as_often_as_it_is_entered(
+def test_what_is_prepared_is_applied_as_often_as_it_is_entered_and_not_worked_out_again(
     log: list[str],
 ) -> None:
     accelerate = prepared(object(), {"first_level": 3}, ["first", "second"], RUN)
