@@ -6,10 +6,12 @@ Every setting is timed in pairs with the baseline, from an idle device to an idl
 search does, and the images of those calls are scored, prompt by prompt. A call is timed on one
 batch of prompts after the other, so that all prompts have their image after as many calls.
 
-A call holds several images of every prompt, the first of which is scored: few large kernels, so
-that the GPU sets its pace and not a host that launches them slowly. A baseline call takes several
-times as long as the accelerated ones, which tell one setting from another. So a pair may hold
-several: `--calls`.
+A call holds hundreds of images, of every prompt one or `--images`, the first of which is scored:
+few large kernels, so that the GPU sets its pace and not a host that launches them slowly. It is
+given its prompts' embeddings and its noise. Where a search reads 16 prompts at a time and hardly
+notices, reading hundreds takes the host as long as the rest of an accelerated call, now more, now
+less. A baseline call takes several times as long as the accelerated ones, which tell one setting
+from another. So a pair may hold several: `--calls`.
 
 The file is an .npz without pickled objects; G settings, P pairs of C accelerated calls each, N
 prompts, B calls of a batch:
@@ -47,6 +49,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
@@ -257,8 +260,11 @@ class Recorder:
         self.calls = calls
         self._coin = np.random.default_rng(configuration.seed)
         self._clip = Clip(configuration, self.prompts)
-        self._time({}, 0)  # warms up
+        self._inputs = [self._inputs_of(batch) for batch in range(len(self.batches))]
+        expected = self._expected()  # and warms up
         made = [self._time({}, batch) for batch in range(len(self.batches))]
+        if (made[0][1].float() - expected.float()).abs().mean() > 1:
+            raise SystemExit("images must be those that accelsearch.pipelines.call makes")
         self._baseline = [images for _, images in made]
         self.baseline_image_s = [took_s for took_s, _ in made]
         self._score(0, self._baseline[0])  # warms up
@@ -316,16 +322,10 @@ class Recorder:
 
         They are the first of each prompt.
         """
-        prompts, first = self.prompts[self.batches[batch]], self.batches[batch].start
-        seeds = [
-            self.configuration.seed + first + image * len(self.prompts) + row
-            for image in range(self.images)
-            for row in range(len(prompts))
-        ]
-        with self._accelerated(params):
+        with self._accelerated(params), pipelines.quiet():
             self._synchronize()
             start = time.perf_counter()
-            images = pipelines.call(self.pipeline, self.configuration, prompts * self.images, seeds)
+            images = self.pipeline(**self._inputs[batch], output_type="pt").images
             self._synchronize()
             took_s = time.perf_counter() - start
         images = images.float()
@@ -334,7 +334,47 @@ class Recorder:
         pixels = (images * 255).round().to(torch.uint8)
         if bool((pixels.amax(dim=(1, 2, 3)) == 0).any()):
             raise TrialError("images are black")
-        return took_s, pixels[: len(prompts)]
+        return took_s, pixels[: len(self.prompts[self.batches[batch]])]
+
+    def _drawn(self, batch: int) -> tuple[list[str], list[int]]:
+        """The prompts and the seeds of a batch's images."""
+        prompts, first = list(self.prompts[self.batches[batch]]), self.batches[batch].start
+        seeds = [
+            self.configuration.seed + first + image * len(self.prompts) + row
+            for image in range(self.images)
+            for row in range(len(prompts))
+        ]
+        return prompts * self.images, seeds
+
+    def _inputs_of(self, batch: int) -> dict[str, Any]:
+        """What the pipeline is called with for a batch: all that a search's call would work out."""
+        prompts, seeds = self._drawn(batch)
+        configuration, device = self.configuration, self.pipeline.device
+        with torch.inference_mode(), pipelines.quiet():
+            texts, negative = self.pipeline.encode_prompt(
+                prompts,
+                device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=configuration.guidance_scale > 1,
+                negative_prompt=[configuration.negative_prompt] * len(prompts),
+            )
+        scale, channels = self.pipeline.vae_scale_factor, self.pipeline.unet.config.in_channels
+        shape = (channels, configuration.height // scale, configuration.width // scale)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        return {
+            "prompt_embeds": texts,
+            "negative_prompt_embeds": negative,
+            "latents": randn_tensor((len(seeds), *shape), generators, device, texts.dtype),
+            "num_inference_steps": configuration.steps,
+            "guidance_scale": configuration.guidance_scale,
+            "height": configuration.height,
+            "width": configuration.width,
+        }
+
+    def _expected(self) -> torch.Tensor:
+        """The baseline images of the first batch, made as a search makes them."""
+        pixels = pipelines.generate(self.pipeline, self.configuration, *self._drawn(0))
+        return pixels[: len(self.prompts[self.batches[0]])].to(self.pipeline.device)
 
     def _score(self, batch: int, images: torch.Tensor) -> tuple[float, dict[str, list[float]]]:
         """The seconds of scoring a batch, and its scores by metric."""
