@@ -70,18 +70,20 @@ class Recorder:
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def log() -> Iterator[list[str]]:
     """What happens to the methods `first`, `second` and `refuser`, which replace the others."""
     log: list[str] = []
-    for name in list(METHODS):
-        monkeypatch.delitem(METHODS, name)
+    before = dict(METHODS)
+    METHODS.clear()
     for method in (
         Recorder("first", log),
         Recorder("second", log),
         Recorder("refuser", log, refuses=True),
     ):
-        monkeypatch.setitem(METHODS, method.name, method)
-    return log
+        METHODS[method.name] = method
+    yield log
+    METHODS.clear()
+    METHODS.update(before)  # all at once: their order is the one that they are applied in
 
 
 def test_methods_are_registered_under_their_own_names() -> None:
