@@ -8,10 +8,10 @@ batch of prompts after the other, so that all prompts have their image after as 
 
 A call holds hundreds of images, of every prompt one or `--images`, the first of which is scored:
 few large kernels, so that the GPU sets its pace and not a host that launches them slowly. It is
-given its prompts' embeddings and its noise. Where a search reads 16 prompts at a time and hardly
-notices, reading hundreds takes the host as long as the rest of an accelerated call, now more, now
-less. A baseline call takes several times as long as the accelerated ones, which tell one setting
-from another. So a pair may hold several: `--calls`.
+given its prompts' embeddings and its noise: a search that reads 16 prompts a call hardly notices,
+but reading hundreds takes the host a third of an accelerated call, now more, now less. A baseline
+call takes several times as long as the accelerated ones, which tell one setting from another. So
+a pair may hold several: `--calls`.
 
 The file is an .npz without pickled objects; G settings, P pairs of C accelerated calls each, N
 prompts, B calls of a batch:
@@ -68,7 +68,7 @@ SPLITS = {"search": 1, "verification": 2, "truth": 3}
 METRICS = ("clip_score", "psnr", "ssim")
 STEPS = 20
 _FEWEST = 3  # pairs of a setting
-FORMAT = 1
+FORMAT = 2  # 1: calls read their prompts
 
 # Where the whole product is too large, the part of it that is recorded: the identities, the
 # defaults, and values from mild to wild. 13 settings of DeepCache x 12 of T-GATE.
@@ -263,6 +263,7 @@ class Recorder:
         self._inputs = [self._inputs_of(batch) for batch in range(len(self.batches))]
         expected = self._expected()  # and warms up
         made = [self._time({}, batch) for batch in range(len(self.batches))]
+        # Other noise, or another prompt, is tens of the 255 levels off; rounding is far below one.
         if (made[0][1].float() - expected.float()).abs().mean() > 1:
             raise SystemExit("images must be those that accelsearch.pipelines.call makes")
         self._baseline = [images for _, images in made]
@@ -514,6 +515,10 @@ def recorded_before(
 ) -> dict[int, Recorded]:
     """The rows of an earlier file of the same machine, by their place in the grid."""
     meta, arrays = read(path)
+    if meta["format"] != FORMAT:
+        raise SystemExit(
+            f"{path} must have format {FORMAT}, got {meta['format']}; record it without --resume"
+        )
     if meta.get("images", 1) != recorder.images:
         raise SystemExit(
             f"--images must be what {path} was recorded with, {meta.get('images', 1)}, "

@@ -1,14 +1,18 @@
-"""Recording a grid for the replay benchmark: what a second command goes on from."""
+"""Recording a grid for the replay benchmark: its calls, and what a second command goes on from."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from accelsearch import pipelines
 
 PROMPTS, PAIRS, CALLS = 6, 2, 3
 GRID = [{"cache_interval": interval, "mode": mode} for interval in (2, 3) for mode in ("a", "b")]
@@ -20,6 +24,8 @@ META = {
     "calls": CALLS,
     "images": 2,
 }
+
+MakeConfiguration = Callable[..., Any]
 
 
 @pytest.fixture
@@ -62,11 +68,68 @@ def rows(record: Any) -> dict[int, Any]:
     return found | {1: record.Recorded(visited=2, failure="images are black")}
 
 
+class Indifferent:
+    """Stands for the scoring model, whose images are of another size than a tiny pipeline's."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def score(self, images: torch.Tensor, _: slice) -> torch.Tensor:
+        return torch.full((len(images),), 30.0)
+
+    def check(self, _: torch.Tensor) -> float:
+        return 0.0
+
+
+@pytest.fixture
+def configuration(
+    record: Any, make_configuration: MakeConfiguration, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Four prompts, in calls of two with two images of each."""
+    monkeypatch.setattr(record, "Clip", Indifferent)
+    prompts = ("a red circle", "a blue square", "two green stars", "a red star")
+    return make_configuration(prompts=prompts, batch_size=4)
+
+
+def test_a_recorded_call_makes_the_images_of_a_search_without_reading_prompts(
+    record: Any, configuration: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = record.Recorder(configuration, pairs=1, images=2)
+    expected = [
+        pipelines.generate(
+            recorder.pipeline, configuration, [prompt], [configuration.seed + place]
+        )[0]
+        for place, prompt in enumerate(configuration.prompts)
+    ]
+    monkeypatch.delattr(recorder.pipeline, "tokenizer")
+    made = torch.cat([recorder._time({}, batch)[1] for batch in range(2)])
+    assert made.shape[0] == 4
+    difference = (made[:, None].float() - torch.stack(expected).float()).abs().mean((2, 3, 4))
+    assert difference.argmin(1).tolist() == [0, 1, 2, 3]
+    assert difference.diagonal().max() < 0.1
+    params = {"cache_interval": 2, "cache_branch_id": 0}
+    found = recorder.record(params, visited=0)
+    assert (len(found.baseline_s), len(found.accelerated_s)) == (2, 2)  # both batches
+    assert {name: len(values) for name, values in found.scores.items()} == dict.fromkeys(
+        record.METRICS, 4
+    )
+    assert max(found.scores["ssim"]) < 1
+
+
+def test_nothing_is_recorded_of_other_images_than_those_of_a_search(
+    record: Any, configuration: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = record.randn_tensor
+    monkeypatch.setattr(record, "randn_tensor", lambda *of: draw(*of).flip(0))
+    with pytest.raises(SystemExit, match=r"images must be those that .*pipelines\.call makes"):
+        record.Recorder(configuration, pairs=1)
+
+
 def test_a_second_command_has_what_the_first_has_recorded(
     record: Any, rows: dict[int, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "table.npz"
-    record.write(path, META, recorder_of(2), GRID, rows)
+    record.write(path, META | {"format": record.FORMAT}, recorder_of(2), GRID, rows)
     second = recorder_of(2)
     second.pairs, second.calls = 9, 9  # a table has as many of each setting
     before = record.recorded_before(path, GRID, second)
@@ -74,7 +137,7 @@ def test_a_second_command_has_what_the_first_has_recorded(
     assert before.keys() == rows.keys()
     assert [before[row] for row in (0, 3)] == [rows[row] for row in (0, 3)]
     assert (before[1].visited, before[1].failure) == (2, "images are black")
-    record.write(tmp_path / "again.npz", META, second, GRID, before)
+    record.write(tmp_path / "again.npz", META | {"format": record.FORMAT}, second, GRID, before)
     meta, arrays = record.read(path)
     meta_again, arrays_again = record.read(tmp_path / "again.npz")
     assert meta_again == meta
@@ -87,6 +150,15 @@ def test_a_table_has_as_many_images_of_a_prompt_in_every_call(
     record: Any, rows: dict[int, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "table.npz"
-    record.write(path, META, recorder_of(2), GRID, rows)
+    record.write(path, META | {"format": record.FORMAT}, recorder_of(2), GRID, rows)
     with pytest.raises(SystemExit, match=r"--images must be what .*table.npz .* with, 2, got 1"):
         record.recorded_before(path, GRID, recorder_of(1))
+
+
+def test_a_table_whose_calls_read_their_prompts_is_not_gone_on_with(
+    record: Any, rows: dict[int, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "table.npz"
+    record.write(path, META | {"format": 1}, recorder_of(2), GRID, rows)
+    with pytest.raises(SystemExit, match=r"table.npz must have format 2, got 1; record it without"):
+        record.recorded_before(path, GRID, recorder_of(2))
