@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from accelsearch.configuration import Budget
 from accelsearch.measurement import ParamValue
-from accelsearch.methods import Parameter, active
+from accelsearch.methods import METHODS, Parameter, active
 
 __all__ = ["GAIN", "Guide", "Observation", "Proposal"]
 
@@ -51,8 +51,8 @@ _LENGTHS = (0.5, 1.0, 2.0)
 _CONSTANT = 0.3
 _NUGGETS = (0.003, 0.03, 0.3)  # what no smooth function explains: little, or a lot
 
-# Expected before anything is measured: the farther from the identity, the faster, and the more is
-# lost. Of parameters without an identity nothing is known, so less is expected of them, and of a
+# Expected before anything is measured: the farther from the identity, or else from the mildest end,
+# the faster, and the more is lost. The steps of a parameter without an identity mean less, and a
 # method's mere presence less still.
 _TREND = 0.5
 _OTHER = 0.6
@@ -264,9 +264,10 @@ def _features(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamV
     columns: list[_Array] = []
     for parameter in space:
         given = [setting[parameter.name] for setting in settings]
-        if _is_number(parameter):
+        if parameter.is_number:
             weight = _OTHER if parameter.identity is None else 1.0
-            columns.append(weight * _places(parameter, given))
+            origin = parameter.default if parameter.identity is None else parameter.identity
+            columns.append(weight * _places(given, origin))
         else:
             columns += [
                 np.array([float(value == one) for value in given])
@@ -281,29 +282,33 @@ def _features(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamV
 
 
 def _distance(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamValue]]) -> _Array:
-    """How far each setting is from changing nothing: summed over the parameters, each 0..1."""
+    """How far each setting is from changing least: summed over the parameters, each 0..1.
+
+    That is from the identity, or else from the mildest end, where the method is not idle.
+    """
+    owner = {one.name: name for name, method in METHODS.items() for one in method.parameters}
+    works = [active(space, setting) for setting in settings]
     found = np.zeros(len(settings))
     for parameter in space:
+        given = [setting[parameter.name] for setting in settings]
         if parameter.identity is not None:
-            given = [setting[parameter.name] for setting in settings]
             found += (
-                np.abs(_places(parameter, given))
-                if _is_number(parameter)
+                np.abs(_places(given, parameter.identity))
+                if parameter.is_number
                 else [float(value != parameter.identity) for value in given]
             )
+        elif parameter.mildest is not None:
+            end = max if parameter.mildest == "high" else min
+            places = np.abs(_places(given, end(given, key=float)))
+            found += places * [float(owner.get(parameter.name) in methods) for methods in works]
     return found
 
 
-def _is_number(parameter: Parameter) -> bool:
-    return not isinstance(parameter.default, bool | str)
-
-
-def _places(parameter: Parameter, given: Sequence[ParamValue]) -> _Array:
-    """Where values lie beside the identity, or else the default: -1..1 of the range of them all.
+def _places(given: Sequence[ParamValue], origin: ParamValue) -> _Array:
+    """Where values lie beside an origin: -1..1 of the range of them all.
 
     By the logarithm: an interval of 3 instead of 2 matters more than one of 10 instead of 9.
     """
-    origin = parameter.default if parameter.identity is None else parameter.identity
     values = np.array([*map(float, given), float(origin)])
     places = np.copysign(np.log1p(np.abs(values)), values)
     places = (places - places[-1]) / (np.ptp(places) or 1.0)

@@ -97,12 +97,13 @@ def main() -> int:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", default="deepcache", help="comma-separated")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/data/METHODS.npz")
+    parser.add_argument("--out", type=Path, help="default: by the methods, in benchmarks/data")
+    parser.add_argument("--scheduler", help="class of diffusers; default: the demo plan's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: float16 on a GPU, else float32")
     parser.add_argument("--prompts", type=int, default=576, help="of all three splits together")
     parser.add_argument("--batch", type=int, default=576, help="prompts of one call")
-    parser.add_argument("--images", type=int, default=2, help="of each prompt in a call")
+    parser.add_argument("--images", type=int, default=3, help="of each prompt in a call")
     parser.add_argument("--pairs", type=int, default=1, help="no fewer than calls for all prompts")
     parser.add_argument("--calls", type=int, default=2, help="accelerated ones in each pair")
     parser.add_argument("--limit", type=int, help="record so many settings, evenly spread")
@@ -126,7 +127,8 @@ def main() -> int:
     grid = grid_of(recorder.space)
     chosen = np.linspace(0, len(grid) - 1, min(options.limit or len(grid), len(grid)))
     rows = np.unique(chosen.round().astype(int)).tolist()
-    out = options.out or DATA / f"{'+'.join(configuration.methods)}.npz"
+    name = "+".join((*configuration.methods, *filter(None, [options.scheduler])))
+    out = options.out or DATA / f"{name}.npz"
     before = recorded_before(out, grid, recorder) if options.resume else {}
     rows = [row for row in rows if row not in before]
     setting_s = (options.time_limit - (time.monotonic() - started)) / len(rows)
@@ -172,6 +174,7 @@ def configured(options: argparse.Namespace) -> Configuration:
     overrides = {
         "methods": [list(chosen)],
         "space": {name: list(values) for name, values in PARTS.get(chosen, {}).items()},
+        "schedulers": [options.scheduler] if options.scheduler else None,
         "steps": [STEPS],
         "images": options.prompts,  # of all splits: one call may make them all
         "held_out_images": 0,
@@ -519,11 +522,13 @@ def recorded_before(
         raise SystemExit(
             f"{path} must have format {FORMAT}, got {meta['format']}; record it without --resume"
         )
-    if meta.get("images", 1) != recorder.images:
-        raise SystemExit(
-            f"--images must be what {path} was recorded with, {meta.get('images', 1)}, "
-            f"got {recorder.images}"
-        )
+    scheduler = meta["configuration"]["scheduler"]
+    for option, before, now in (
+        ("--images", meta.get("images", 1), recorder.images),
+        ("--scheduler", scheduler, recorder.configuration.scheduler),
+    ):
+        if before != now:
+            raise SystemExit(f"{option} must be what {path} was recorded with, {before}, got {now}")
     recorder.pairs, recorder.calls = arrays["baseline_s"].shape[1], meta.get("calls", 1)
     places = {tuple(setting.items()): row for row, setting in enumerate(grid)}
     found = {}

@@ -51,10 +51,12 @@ from accelsearch.guide import Guide, Observation
 from accelsearch.judging import held_out_needed
 from accelsearch.latency import comparable, contender, dominated
 from accelsearch.measurement import Latency, Scores, pair_noise
-from accelsearch.methods import Parameter, effective
+from accelsearch.methods import METHODS, Parameter, effective
 from accelsearch.quality import ClipScore, Psnr, Ssim
 
 DATA = Path(__file__).parent / "data"
+# The guide's knowledge of a parameter is today's, whenever the table was recorded.
+MILDEST = {one.name: one.mildest for method in METHODS.values() for one in method.parameters}
 METRICS = {"clip_score": ClipScore(), "psnr": Psnr(), "ssim": Ssim()}
 BUDGETS = ("clip_score=0.02:0.1", "clip_score=0.005:0.1", "ssim=0.03:0.2", "psnr=25:30")
 MIN_PAIRS, MAX_PAIRS, PRECISION = 6, 40, 0.03  # the product's
@@ -153,7 +155,14 @@ def table_of(path: Path, budgets: Sequence[Budget], noise: float = 1.0) -> Table
 def _parameter(described: dict[str, Any]) -> Parameter:
     values = tuple(described["values"])
     name, default, identity = (described[key] for key in ("name", "default", "identity"))
-    shared = {"name": name, "default": default, "identity": identity, "meaning": "", "source": ""}
+    shared = {
+        "name": name,
+        "default": default,
+        "identity": identity,
+        "mildest": MILDEST[name],
+        "meaning": "",
+        "source": "",
+    }
     if all(type(one) is int for one in values) and values == tuple(
         range(values[0], values[-1] + 1)
     ):

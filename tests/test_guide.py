@@ -6,6 +6,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,6 +108,32 @@ def test_the_best_of_a_monotone_space_is_found_in_few_steps(cost: float, harm: f
     measured, found, _ = search(CACHE, truth, SSIM)
     assert found >= 0.98 * best_of(CACHE, truth, SSIM)
     assert len(measured) <= 16  # of 108
+
+
+def test_knowing_at_which_end_least_is_changed_spares_settings() -> None:
+    known = (CACHE[0], replace(CACHE[1], mildest="high"))
+    for cost in (0.02, 0.1, 0.3):
+        counts = {False: 0, True: 0}
+        for harm in (0.0032, 0.006, 0.015, 0.028):
+            truth = partial(cached, cost=cost, harm=harm)
+            for told, space in ((False, CACHE), (True, known)):
+                measured, found, _ = search(space, truth, CLIP)
+                assert found >= 0.98 * best_of(space, truth, CLIP)
+                counts[told] += len(measured)
+        assert counts[True] < counts[False]
+
+
+def test_an_end_that_is_wrong_is_seen_through() -> None:
+    wrong = (CACHE[0], replace(CACHE[1], mildest="low"))
+    _, found, _ = search(wrong, cached, SSIM)
+    assert found >= 0.98 * best_of(wrong, cached, SSIM)
+
+
+def test_an_idle_method_is_expected_to_change_nothing() -> None:
+    """Its other parameters stand at their defaults, which say nothing then."""
+    interval, branch = CACHE[0].widened(), replace(CACHE[1], mildest="high")
+    guide = Guide((interval, branch), [], [SSIM], seed=0)
+    assert guide._trend[guide._idle].tolist() == [0.0] * len(guide._idle)
 
 
 def test_two_methods_are_searched_together() -> None:
@@ -343,7 +371,7 @@ def test_a_proposal_takes_milliseconds() -> None:
 
 
 def test_parameters_of_unknown_methods_are_searched_too() -> None:
-    space = (integer("theirs", 1, 9, 1),)
+    space = (replace(integer("theirs", 1, 9, 1), mildest="low"),)
     assert not any(one.name == "theirs" for method in METHODS.values() for one in method.parameters)
     measured, found, _ = search(
         space, lambda one: (1 + 0.1 * one["theirs"], {"ssim": 0.004 * one["theirs"]}), SSIM

@@ -23,6 +23,7 @@ META = {
     ],
     "calls": CALLS,
     "images": 2,
+    "configuration": {"scheduler": "DDIMScheduler"},
 }
 
 MakeConfiguration = Callable[..., Any]
@@ -37,8 +38,9 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules.pop("record", None)
 
 
-def recorder_of(images: int) -> Any:
+def recorder_of(images: int, scheduler: str = "DDIMScheduler") -> Any:
     return SimpleNamespace(
+        configuration=SimpleNamespace(scheduler=scheduler),
         pairs=PAIRS,
         calls=CALLS,
         images=images,
@@ -146,13 +148,20 @@ def test_a_second_command_has_what_the_first_has_recorded(
         np.testing.assert_array_equal(arrays_again[name], values)
 
 
-def test_a_table_has_as_many_images_of_a_prompt_in_every_call(
-    record: Any, rows: dict[int, Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (recorder_of(1), "--images must be what .*table.npz .* with, 2, got 1"),
+        (recorder_of(2, "Other"), "--scheduler must be what .* with, DDIMScheduler, got Other"),
+    ],
+)
+def test_a_table_is_gone_on_with_as_it_was_begun(
+    record: Any, rows: dict[int, Any], tmp_path: Path, other: Any, told: str
 ) -> None:
     path = tmp_path / "table.npz"
     record.write(path, META | {"format": record.FORMAT}, recorder_of(2), GRID, rows)
-    with pytest.raises(SystemExit, match=r"--images must be what .*table.npz .* with, 2, got 1"):
-        record.recorded_before(path, GRID, recorder_of(1))
+    with pytest.raises(SystemExit, match=told):
+        record.recorded_before(path, GRID, other)
 
 
 def test_a_table_whose_calls_read_their_prompts_is_not_gone_on_with(

@@ -37,7 +37,9 @@ class Parameter:
     a float without a step is continuous. `choice` lists its values, all of one type. `identity`
     is the value at which the method changes nothing, together with the identities of its other
     parameters: accepted always, and worth searching only in a combination, so it need not lie in
-    the range. A `fixed` parameter keeps its default unless a plan frees it.
+    the range. A `fixed` parameter keeps its default unless a plan frees it. `mildest` is the end of
+    a range of numbers at which the method saves least and loses least, as far as that is known
+    without measuring: where no value is an identity, a search expects more of what is farther off.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -54,8 +56,11 @@ class Parameter:
     choices: tuple[Value, ...] = ()
     identity: Value | None = None
     fixed: bool = False
+    mildest: Literal["low", "high"] | None = None
 
     def __post_init__(self) -> None:
+        if self.mildest is not None and not self.is_number:
+            raise ValueError(f"{self.name}: mildest needs numbers, got default {self.default!r}")
         if self.kind == "choice":
             if len({type(choice) for choice in self.choices}) != 1:
                 raise ValueError(f"{self.name}: a choice needs choices of one type")
@@ -87,6 +92,11 @@ class Parameter:
         """
         numbers = [one for one in self.values() or () if isinstance(one, int | float)]
         return min(numbers or [value], key=lambda one: abs(one - value))
+
+    @property
+    def is_number(self) -> bool:
+        """Whether its values have an order: they are no words and no booleans."""
+        return not isinstance(self.default, bool | str)
 
     @property
     def ends(self) -> tuple[Value, ...]:

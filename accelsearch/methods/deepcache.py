@@ -35,6 +35,7 @@ _BRANCH = Parameter(
     default=0,
     low=0,
     high=11,
+    mildest="high",
     meaning="The skip branch above which every step is computed; 0 reuses most, and costs most.",
     source="arXiv:2312.00858, section 3.2; DeepCacheSDHelper.set_params",
 )
