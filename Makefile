@@ -74,7 +74,7 @@ postgres: $(VENV)/installed-postgres ## Start a PostgreSQL server in storage/pg,
 postgres-stop: ## Stop it; its data stay
 	storage/postgres.sh stop
 
-bench-record: $(VENV)/installed ## Record the tables that searches are replayed against: minutes on one GPU
+bench-record: $(VENV)/installed ## Record the tables that searches are replayed against: some 40 minutes on one GPU
 	$(BIN)/python benchmarks/record.py --methods compile,deepcache
 	$(BIN)/python benchmarks/record.py --methods compile,deepcache,tgate
 
@@ -85,7 +85,7 @@ bench-scripts: $(VENV)/installed ## Generate the demo's scripts, and run each be
 bench-report: $(VENV)/installed ## Make the report of 500 trials: its seconds and its size
 	$(BIN)/python benchmarks/report.py
 
-bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: some 40 minutes on one core
+bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: some 35 minutes on one core
 	$(BIN)/python benchmarks/replay.py --out docs/images/replay.svg
 
 clean: ## Remove the virtual environment and all caches, but no results

@@ -1,6 +1,6 @@
 """Record a whole grid of the bundled model, once, for searches to be replayed against it.
 
-    make bench-record                       # needs a GPU: minutes for each of the two tables
+    make bench-record      # needs a GPU: some 20 minutes for each of the two tables
 
 Every setting is timed in pairs with the baseline, from an idle device to an idle device as a
 search does, and the images of those calls are scored, prompt by prompt. A call is timed on one

@@ -120,7 +120,7 @@ def table_of(path: Path, budgets: Sequence[Budget], noise: float = 1.0) -> Table
         for row in arrays["settings"].tolist()
     ]
     failed = arrays["failed"]
-    # A baseline call waits for the host's launches, which vary from one call to the next; one
+    # A baseline call may wait for the host's launches, which vary from one to the next; one
     # replayed from CUDA graphs does not. So a setting's speedup is told by its own calls beside
     # all of the baseline's, which no setting changes.
     baseline, own = np.log(arrays["baseline_s"]), np.log(arrays["accelerated_s"])
