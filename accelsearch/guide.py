@@ -9,7 +9,7 @@ that one ruined setting does not hide the slope near the budget. Each is a linea
 parameters with a smooth deviation from it. Acceleration parameters are nearly monotone: longer
 intervals are faster and lose more. So two or three measurements fix the linear part, and what
 lies beyond them is extrapolated boldly. What is known for nothing is that a setting which changes
-nothing has a speedup of 1 and loses nothing.
+nothing has a speedup of 1 and loses nothing, and at which end a parameter is mildest.
 
 To be bold is cheap. A setting far over its budget shows so on its first images, and a slow one
 after a pair or two; only a new best setting is measured in full. That is why the promise of a
@@ -51,9 +51,9 @@ _LENGTHS = (0.5, 1.0, 2.0)
 _CONSTANT = 0.3
 _NUGGETS = (0.003, 0.03, 0.3)  # what no smooth function explains: little, or a lot
 
-# Expected before anything is measured: the farther from the identity, or else from the mildest end,
-# the faster, and the more is lost. The steps of a parameter without an identity mean less, and a
-# method's mere presence less still.
+# Expected before anything is measured: the farther from the identity, or else the mildest end, the
+# faster, and the more is lost. A slope along a parameter without an identity is less likely, and
+# that a method's mere presence matters less still.
 _TREND = 0.5
 _OTHER = 0.6
 _PRESENCE = 0.5
@@ -284,7 +284,8 @@ def _features(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamV
 def _distance(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamValue]]) -> _Array:
     """How far each setting is from changing least: summed over the parameters, each 0..1.
 
-    That is from the identity, or else from the mildest end, where the method is not idle.
+    That is from the identity, or else from the mildest end. Where a method is idle, its parameters
+    without an identity stand at their defaults, and count nothing.
     """
     owner = {one.name: name for name, method in METHODS.items() for one in method.parameters}
     works = [active(space, setting) for setting in settings]
@@ -299,7 +300,7 @@ def _distance(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamV
             )
         elif parameter.mildest is not None:
             end = max if parameter.mildest == "high" else min
-            places = np.abs(_places(given, end(given, key=float)))
+            places = np.abs(_places(given, end(parameter.ends, key=float)))
             found += places * [float(owner.get(parameter.name) in methods) for methods in works]
     return found
 

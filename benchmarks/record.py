@@ -6,7 +6,7 @@ Every setting is timed in pairs with the baseline, from an idle device to an idl
 search does, and the images of those calls are scored, prompt by prompt. A call is timed on one
 batch of prompts after the other, so that all prompts have their image after as many calls.
 
-A call holds hundreds of images, of every prompt one or `--images`, the first of which is scored:
+A call holds hundreds of images, of every prompt `--images`, the first of which is scored:
 few large kernels, so that the GPU sets its pace and not a host that launches them slowly. It is
 given its prompts' embeddings and its noise: a search that reads 16 prompts a call hardly notices,
 but reading hundreds takes the host a third of an accelerated call, now more, now less. A baseline
@@ -122,18 +122,20 @@ def main() -> int:
         parser.error(f"--prompts must be a multiple of {shares}, the splits, and of --batch")
     if options.images < 1:
         parser.error(f"--images must be at least 1, got {options.images}")
+    if options.scheduler and not options.out:
+        parser.error("--scheduler needs --out: the tables of benchmarks/data are the demo plan's")
     configuration = configured(options)
     recorder = Recorder(configuration, options.pairs, options.calls, options.images)
     grid = grid_of(recorder.space)
     chosen = np.linspace(0, len(grid) - 1, min(options.limit or len(grid), len(grid)))
     rows = np.unique(chosen.round().astype(int)).tolist()
-    name = "+".join((*configuration.methods, *filter(None, [options.scheduler])))
-    out = options.out or DATA / f"{name}.npz"
-    before = recorded_before(out, grid, recorder) if options.resume else {}
-    rows = [row for row in rows if row not in before]
-    setting_s = (options.time_limit - (time.monotonic() - started)) / len(rows)
-    recorder.take_at_most(setting_s)
+    out = options.out or DATA / f"{'+'.join(configuration.methods)}.npz"
     meta = described(configuration, recorder, len(grid))
+    before = recorded_before(out, grid, recorder, meta) if options.resume else {}
+    rows = [row for row in rows if row not in before]
+    setting_s = (options.time_limit - (time.monotonic() - started)) / max(len(rows), 1)
+    recorder.take_at_most(setting_s)
+    meta["calls"] = recorder.calls
     print(
         f"{meta['environment']['device']}, {configuration.dtype}: {len(rows)} of {len(grid)} "
         f"settings, {recorder.pairs} pairs of each with {recorder.calls} accelerated calls, "
@@ -514,21 +516,20 @@ def read(path: Path) -> tuple[dict[str, Any], Arrays]:
 
 
 def recorded_before(
-    path: Path, grid: Sequence[Mapping[str, Value]], recorder: Recorder
+    path: Path, grid: Sequence[Mapping[str, Value]], recorder: Recorder, now: Mapping[str, Any]
 ) -> dict[int, Recorded]:
-    """The rows of an earlier file of the same machine, by their place in the grid."""
+    """The rows of an earlier file of the same machine, by their place in the grid.
+
+    `now` is what `described` says of the recording that goes on.
+    """
     meta, arrays = read(path)
-    if meta["format"] != FORMAT:
-        raise SystemExit(
-            f"{path} must have format {FORMAT}, got {meta['format']}; record it without --resume"
-        )
-    scheduler = meta["configuration"]["scheduler"]
-    for option, before, now in (
-        ("--images", meta.get("images", 1), recorder.images),
-        ("--scheduler", scheduler, recorder.configuration.scheduler),
-    ):
-        if before != now:
-            raise SystemExit(f"{option} must be what {path} was recorded with, {before}, got {now}")
+    before = _circumstances(meta)
+    for key, wanted in _circumstances(json.loads(json.dumps(now))).items():
+        if before.get(key) != wanted:
+            raise SystemExit(
+                f"{path} must have been recorded with {key} {wanted!r}, got {before.get(key)!r}; "
+                "record it without --resume"
+            )
     recorder.pairs, recorder.calls = arrays["baseline_s"].shape[1], meta.get("calls", 1)
     places = {tuple(setting.items()): row for row, setting in enumerate(grid)}
     found = {}
@@ -543,6 +544,14 @@ def recorded_before(
             **{name: arrays[name][at].tolist() for name in samples},
             scores={metric: arrays[metric][at].tolist() for metric in METRICS},
         )
+    return found
+
+
+def _circumstances(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What all rows of a table have in common, by `key` or `key.key`."""
+    found = {key: meta.get(key) for key in ("format", "images")}
+    for group in ("configuration", "environment"):
+        found |= {f"{group}.{key}": value for key, value in meta.get(group, {}).items()}
     return found
 
 

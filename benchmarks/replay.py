@@ -159,7 +159,7 @@ def _parameter(described: dict[str, Any]) -> Parameter:
         "name": name,
         "default": default,
         "identity": identity,
-        "mildest": MILDEST[name],
+        "mildest": MILDEST.get(name),
         "meaning": "",
         "source": "",
     }

@@ -24,6 +24,7 @@ META = {
     "calls": CALLS,
     "images": 2,
     "configuration": {"scheduler": "DDIMScheduler"},
+    "environment": {"device": "a GPU"},
 }
 
 MakeConfiguration = Callable[..., Any]
@@ -38,12 +39,11 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules.pop("record", None)
 
 
-def recorder_of(images: int, scheduler: str = "DDIMScheduler") -> Any:
+def recorder_of() -> Any:
     return SimpleNamespace(
-        configuration=SimpleNamespace(scheduler=scheduler),
         pairs=PAIRS,
         calls=CALLS,
-        images=images,
+        images=2,
         batches=[slice(0, PROMPTS)],
         prompts=["a red circle"] * PROMPTS,
         baseline_clip_score=[30.0] * PROMPTS,
@@ -131,10 +131,10 @@ def test_a_second_command_has_what_the_first_has_recorded(
     record: Any, rows: dict[int, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "table.npz"
-    record.write(path, META | {"format": record.FORMAT}, recorder_of(2), GRID, rows)
-    second = recorder_of(2)
+    record.write(path, META | {"format": record.FORMAT}, recorder_of(), GRID, rows)
+    second = recorder_of()
     second.pairs, second.calls = 9, 9  # a table has as many of each setting
-    before = record.recorded_before(path, GRID, second)
+    before = record.recorded_before(path, GRID, second, META | {"format": record.FORMAT})
     assert (second.pairs, second.calls) == (PAIRS, CALLS)
     assert before.keys() == rows.keys()
     assert [before[row] for row in (0, 3)] == [rows[row] for row in (0, 3)]
@@ -151,23 +151,17 @@ def test_a_second_command_has_what_the_first_has_recorded(
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (recorder_of(1), "--images must be what .*table.npz .* with, 2, got 1"),
-        (recorder_of(2, "Other"), "--scheduler must be what .* with, DDIMScheduler, got Other"),
+        ({"format": 1}, "format 2, got 1; record it without"),  # its calls read their prompts
+        ({"images": 1}, "images 2, got 1"),
+        ({"configuration": {"scheduler": "Other"}}, "configuration.scheduler 'DDIM.*, got 'Other'"),
+        ({"configuration": {}}, "configuration.scheduler 'DDIMScheduler', got None"),
+        ({"environment": {"device": "another"}}, "environment.device 'a GPU', got 'another'"),
     ],
 )
 def test_a_table_is_gone_on_with_as_it_was_begun(
-    record: Any, rows: dict[int, Any], tmp_path: Path, other: Any, told: str
+    record: Any, rows: dict[int, Any], tmp_path: Path, other: dict[str, Any], told: str
 ) -> None:
-    path = tmp_path / "table.npz"
-    record.write(path, META | {"format": record.FORMAT}, recorder_of(2), GRID, rows)
-    with pytest.raises(SystemExit, match=told):
-        record.recorded_before(path, GRID, other)
-
-
-def test_a_table_whose_calls_read_their_prompts_is_not_gone_on_with(
-    record: Any, rows: dict[int, Any], tmp_path: Path
-) -> None:
-    path = tmp_path / "table.npz"
-    record.write(path, META | {"format": 1}, recorder_of(2), GRID, rows)
-    with pytest.raises(SystemExit, match=r"table.npz must have format 2, got 1; record it without"):
-        record.recorded_before(path, GRID, recorder_of(2))
+    path, now = tmp_path / "table.npz", META | {"format": record.FORMAT}
+    record.write(path, now | other, recorder_of(), GRID, rows)
+    with pytest.raises(SystemExit, match=f"table.npz must have been recorded with {told}"):
+        record.recorded_before(path, GRID, recorder_of(), now)

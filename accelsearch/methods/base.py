@@ -38,8 +38,8 @@ class Parameter:
     is the value at which the method changes nothing, together with the identities of its other
     parameters: accepted always, and worth searching only in a combination, so it need not lie in
     the range. A `fixed` parameter keeps its default unless a plan frees it. `mildest` is the end of
-    a range of numbers at which the method saves least and loses least, as far as that is known
-    without measuring: where no value is an identity, a search expects more of what is farther off.
+    a range of numbers at which the method saves least and loses least, where it is known without
+    measuring that the other end saves much: a search expects so, unless there is an identity.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -59,6 +59,8 @@ class Parameter:
     mildest: Literal["low", "high"] | None = None
 
     def __post_init__(self) -> None:
+        if self.mildest not in (None, "low", "high"):
+            raise ValueError(f"{self.name}: mildest must be low or high, got {self.mildest!r}")
         if self.mildest is not None and not self.is_number:
             raise ValueError(f"{self.name}: mildest needs numbers, got default {self.default!r}")
         if self.kind == "choice":

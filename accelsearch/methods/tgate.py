@@ -50,7 +50,6 @@ _FIDELITY = Parameter(
     default=1,
     low=1,
     high=10,
-    mildest="low",
     meaning="After the gate, one step in this many computes self-attention; 1 computes all.",
     source="tgate.tgate_utils.tgate_scheduler",
 )
@@ -60,7 +59,6 @@ _WARM_UP = Parameter(
     default=2,
     low=0,
     high=10,
-    mildest="high",
     meaning="So many first steps compute every self-attention.",
     source="arXiv:2404.02747; tgate.tgate_utils.tgate_scheduler",
 )

@@ -37,7 +37,6 @@ _DOWNSAMPLE = Parameter(
     kind="choice",
     default=1,
     choices=(1, 2, 4, 8),
-    mildest="low",
     meaning="Tokens are merged where the UNet has at most this many latents to a token's side.",
     source="arXiv:2303.17604; tomesd.apply_patch",
 )

@@ -110,6 +110,23 @@ def test_apply_changes_the_images_with_less_work_and_undoes_it(
 
 
 @every_kind
+def test_less_work_is_done_the_farther_a_parameter_is_from_its_mildest_end(
+    make_pipeline: MakePipeline, kind: str
+) -> None:
+    pipeline = make_pipeline(kind)
+    for name in METHODS:
+        for parameter in METHODS[name].space(pipeline, run_of(pipeline)):
+            if parameter.mildest is None:
+                continue
+            done = []
+            for end in sorted(parameter.ends, reverse=parameter.mildest == "high"):
+                with apply(name, pipeline, **{parameter.name: end}), work_of(pipeline) as work:
+                    images(pipeline)
+                done.append(sum(work))
+            assert done[0] > done[-1], f"{name}: {parameter.name}"
+
+
+@every_kind
 @pytest.mark.parametrize("name", sorted(EXACT))
 def test_an_exact_method_makes_the_same_images_and_is_undone(
     make_pipeline: MakePipeline, name: str, kind: str

@@ -369,6 +369,7 @@ def test_a_parameter_accepts_its_values_alone(
         ({"default": 7}, "default 7 is not in 1..5"),
         ({"kind": "choice", "choices": (2, "a")}, "a choice needs choices of one type"),
         ({"kind": "choice"}, "a choice needs choices of one type"),
+        ({"mildest": "lowest"}, "mildest must be low or high, got 'lowest'"),
         (
             {"kind": "choice", "choices": ("a", "b"), "default": "a", "mildest": "low"},
             "mildest needs numbers, got default 'a'",
