@@ -120,8 +120,9 @@ class Guide:
         default = {parameter.name: parameter.default for parameter in space}
         points = [*self._settings, *_idle(space), default]
         self._idle = np.arange(len(self._settings), len(points) - 1)
-        self._points = _features(space, points)
-        self._trend = _TREND * _distance(space, points)
+        on = [active(space, point) for point in points]
+        self._points = _features(space, points, on)
+        self._trend = _TREND * _distance(space, points, on)
         self._from_default = np.abs(self._points - self._points[-1]).sum(1)
 
     def propose(
@@ -254,8 +255,12 @@ def _parts(one: _Array, other: _Array) -> _Array:
     return np.concatenate([np.ones_like(linear)[None], linear[None], smooth])
 
 
-def _features(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamValue]]) -> _Array:
-    """Settings as points, float64 [settings, features].
+def _features(
+    space: Sequence[Parameter],
+    settings: Sequence[Mapping[str, ParamValue]],
+    on: Sequence[Collection[str]],
+) -> _Array:
+    """Settings, with the methods that are `on` in each, as points, float64 [settings, features].
 
     Numbers are measured from the identity where there is one, else from the default, so that the
     linear part is nothing where the methods do nothing. Words and booleans are one-hot. A method
@@ -273,7 +278,6 @@ def _features(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamV
                 np.array([float(value == one) for value in given])
                 for one in sorted(set(given), key=str)
             ]
-    on = [set(active(space, setting)) for setting in settings]
     columns += [
         np.array([_PRESENCE * (method in methods) for methods in on])
         for method in sorted(set().union(*on))
@@ -281,14 +285,17 @@ def _features(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamV
     return np.array(columns).reshape(len(columns), len(settings)).T
 
 
-def _distance(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamValue]]) -> _Array:
+def _distance(
+    space: Sequence[Parameter],
+    settings: Sequence[Mapping[str, ParamValue]],
+    on: Sequence[Collection[str]],
+) -> _Array:
     """How far each setting is from changing least: summed over the parameters, each 0..1.
 
     That is from the identity, or else from the mildest end. Where a method is idle, its parameters
     without an identity stand at their defaults, and count nothing.
     """
     owner = {one.name: name for name, method in METHODS.items() for one in method.parameters}
-    works = [active(space, setting) for setting in settings]
     found = np.zeros(len(settings))
     for parameter in space:
         given = [setting[parameter.name] for setting in settings]
@@ -301,7 +308,7 @@ def _distance(space: Sequence[Parameter], settings: Sequence[Mapping[str, ParamV
         elif parameter.mildest is not None:
             end = max if parameter.mildest == "high" else min
             places = np.abs(_places(given, end(parameter.ends, key=float)))
-            found += places * [float(owner.get(parameter.name) in methods) for methods in works]
+            found += places * [float(owner.get(parameter.name) in methods) for methods in on]
     return found
 
 

@@ -530,7 +530,7 @@ def recorded_before(
                 f"{path} must have been recorded with {key} {wanted!r}, got {before.get(key)!r}; "
                 "record it without --resume"
             )
-    recorder.pairs, recorder.calls = arrays["baseline_s"].shape[1], meta.get("calls", 1)
+    recorder.pairs, recorder.calls = arrays["baseline_s"].shape[1], meta["calls"]
     places = {tuple(setting.items()): row for row, setting in enumerate(grid)}
     found = {}
     for at, indices in enumerate(arrays["settings"].tolist()):
