@@ -203,26 +203,27 @@ class PatientStorage(RDBStorage):
     def _create_new_trial(
         self, study_id: int, template_trial: FrozenTrial | None = None
     ) -> FrozenTrial:
-        # Twice, it leaves a running trial that nobody has claimed, and these are cleared away.
         template = template_trial
         if template is None or template.state is not TrialState.RUNNING:
+            # Twice, it leaves a trial more, which is cleared away if it runs.
             return patiently(
                 lambda: super(PatientStorage, self)._create_new_trial(study_id, template)
             )
-        fits = {(study_id, name, one) for name, one in template.distributions.items()}
-        if not fits <= self._fits:
-            # Optuna looks whether the study has other distributions for these params.
-            made = patiently(
-                lambda: super(PatientStorage, self)._create_new_trial(study_id, template)
-            )
-            self._fits |= fits
-        else:
+        unknown = {
+            name: one
+            for name, one in template.distributions.items()
+            if (study_id, name, one) not in self._fits
+        }
+        tries = 0
 
-            def create() -> FrozenTrial:
-                with _create_scoped_session(self.scoped_session) as session:
-                    return rows.add_running(session, study_id, template)
+        def create() -> FrozenTrial:
+            nonlocal tries
+            tries += 1
+            with _create_scoped_session(self.scoped_session) as session:
+                return rows.add_running(session, study_id, template, unknown, again=tries > 1)
 
-            made = patiently(create)
+        made = patiently(create)
+        self._fits |= {(study_id, name, one) for name, one in unknown.items()}
         self._running.setdefault(study_id, {})[made._trial_id] = copy.deepcopy(made)
         self._made = made
         return made

@@ -11,11 +11,16 @@ import functools
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy
-from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.distributions import (
+    BaseDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
@@ -85,17 +90,34 @@ def read_after(
     return [found[one.trial_id] for one in heads]
 
 
-def add_running(session: Session, study_id: int, template: FrozenTrial) -> FrozenTrial:
-    """Make a running trial with all its params and attributes. Its params must fit the study's.
+def add_running(
+    session: Session,
+    study_id: int,
+    template: FrozenTrial,
+    unknown: Mapping[str, BaseDistribution],
+    *,
+    again: bool = False,
+) -> FrozenTrial:
+    """Make a running trial with all its params and attributes.
+
+    Those of its distributions that are `unknown` are compared with the study's. `again` says that
+    an earlier try broke: if it made the trial and only the answer was lost, that one is told.
 
     As in Optuna: whoever has locked the study's row (SQLite: has inserted) counts the trials.
 
     Raises:
         KeyError: there is no such study.
+        ValueError: the study has another kind of distribution for one of the params.
     """
     study = select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == study_id).with_for_update()
     if session.execute(study).one_or_none() is None:
         raise KeyError(models.NOT_FOUND_MSG)
+    # Behind the lock, which that try held until it was committed or undone.
+    made = _made_before(session, study_id, template) if again else None
+    if made is not None:
+        return made
+    for name, distribution in unknown.items():
+        _check_fit(session, study_id, name, distribution)
     row = {
         "study_id": study_id,
         "state": TrialState.RUNNING,
@@ -133,6 +155,37 @@ def add_running(session: Session, study_id: int, template: FrozenTrial) -> Froze
         system_attrs=dict(template.system_attrs),
         intermediate_values={},
     )
+
+
+def _made_before(session: Session, study_id: int, template: FrozenTrial) -> FrozenTrial | None:
+    """The running trial that was made of this very template.
+
+    No other worker has one with these params, since its setting is claimed.
+    """
+    started = template.datetime_start
+    assert started is not None
+    query = select(*_HEAD).where(
+        _TRIALS.c.study_id == study_id, _TRIALS.c.state == TrialState.RUNNING
+    )
+    for one in _trials(session, session.execute(query).all()):
+        same = (one.params, one.user_attrs) == (template.params, template.user_attrs)
+        assert one.datetime_start is not None
+        # MySQL keeps whole seconds.
+        if same and abs(one.datetime_start - started) <= timedelta(seconds=1):
+            return one
+    return None
+
+
+def _check_fit(session: Session, study_id: int, name: str, distribution: BaseDistribution) -> None:
+    query = (
+        select(_PARAMS.c.distribution_json)
+        .join(_TRIALS, _TRIALS.c.trial_id == _PARAMS.c.trial_id)
+        .where(_TRIALS.c.study_id == study_id, _PARAMS.c.param_name == name)
+        .limit(1)
+    )
+    text = session.execute(query).scalar()
+    if text is not None:
+        check_distribution_compatibility(_distribution(text), distribution)
 
 
 def study_attributes(session: Session, study_id: int) -> dict[str, Any]:

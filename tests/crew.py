@@ -63,6 +63,16 @@ class Crew:
         for process in self.processes:
             process.wait(max(deadline - time.monotonic(), 0.1))
 
+    def work(self, workers: int, timeout_s: float) -> None:
+        """Start so many, and wait until all of them have ended."""
+        try:
+            for _ in range(workers):
+                self.start()
+            self.wait(timeout_s)
+        finally:
+            for process in self.processes:
+                process.kill()
+
     def logs(self) -> str:
         return "\n".join(
             f"{file.name}: {file.read_text()[-600:]}" for file in sorted(self.folder.glob("*.log"))

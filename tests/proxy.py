@@ -1,20 +1,36 @@
-"""A way to a server that can be cut: what is sent meanwhile disappears, and no answer comes."""
+"""A way to a server that can be cut: what is sent meanwhile disappears, and no answer comes.
+
+Or one that breaks where it hurts: after the server has committed and before it can say so.
+"""
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from sqlalchemy.engine import make_url
+
 
 class Proxy:
-    """Listens on `port`; while it is cut, connections are taken and nothing comes out of them."""
+    """Stands at `url` for a server; while it is cut, connections are taken and nothing comes out.
 
-    def __init__(self, host: str, port: int) -> None:
-        self._server = (host, port)
+    Of every `breaks` transactions that are committed, the last one's answer is lost, and its
+    connection with it.
+    """
+
+    def __init__(self, url: str, breaks: int | None = None) -> None:
+        parsed = make_url(url)
+        assert parsed.host is not None
+        assert parsed.port is not None
+        self._server = (parsed.host, parsed.port)
+        self._breaks = breaks
+        self._commits = itertools.count(1)
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        here = parsed.set(port=self._listener.getsockname()[1])
+        self.url = here.render_as_string(hide_password=False)
         self._cut = threading.Event()
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -51,16 +67,29 @@ class Proxy:
             server = socket.create_connection(self._server)
             with self._lock:
                 self._open |= {client, server}
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+            broken = threading.Event()
+            for ends in ((client, server), (server, client)):
+                asked = ends[0] is client
+                threading.Thread(
+                    target=self._pump, args=(*ends, asked, broken), daemon=True
+                ).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, asked: bool, broken: threading.Event
+    ) -> None:
+        """Carry to the server what it is asked, or back what it answers, until that is lost."""
         with suppress(OSError):
             while data := source.recv(65536):
-                if self._cut.is_set():
+                commits = asked and b"COMMIT" in data
+                if commits and self._breaks and next(self._commits) % self._breaks == 0:
+                    broken.set()  # before the server can have answered
+                lost = not asked and broken.is_set()
+                if lost or self._cut.is_set():
                     self.swallowed += len(data)
                 else:
                     sink.sendall(data)
+                if lost:
+                    break
         # Whoever ends a connection while it is cut is not heard of on the other side either.
         if not self._cut.is_set():
             with suppress(OSError):
@@ -68,8 +97,8 @@ class Proxy:
 
 
 @contextmanager
-def proxied(host: str, port: int) -> Iterator[Proxy]:
-    proxy = Proxy(host, port)
+def proxied(url: str, breaks: int | None = None) -> Iterator[Proxy]:
+    proxy = Proxy(url, breaks)
     try:
         yield proxy
     finally:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy.engine import make_url
 
 from accelsearch import claims
 from accelsearch.storage import Outcome, engine, open_storage, read_studies
@@ -94,11 +93,18 @@ def test_a_network_that_swallows_everything_for_a_while_is_waited_for(
     postgres: Any, tmp_path: Path, seconds: float
 ) -> None:
     url = postgres.new_database()
-    parsed = make_url(url)
-    assert parsed.host is not None
-    assert parsed.port is not None
-    with proxied(parsed.host, parsed.port) as proxy:
-        through = parsed.set(port=proxy.port).render_as_string(hide_password=False)
-        crew = work_through(through, tmp_path, proxy.cut, proxy.mend, seconds)
+    with proxied(url) as proxy:
+        crew = work_through(proxy.url, tmp_path, proxy.cut, proxy.mend, seconds)
+        assert proxy.swallowed > 0
+    check(crew, url)
+
+
+def test_what_was_committed_though_no_answer_came_is_not_done_again(
+    postgres: Any, tmp_path: Path
+) -> None:
+    url = postgres.new_database()
+    with proxied(url, breaks=7) as proxy:
+        crew = Crew(tmp_path, proxy.url, pause_s=0.05, plan=PLAN)
+        crew.work(WORKERS, 300)
         assert proxy.swallowed > 0
     check(crew, url)

@@ -97,13 +97,7 @@ def test_a_measurement_of_thousands_of_scores_is_kept_whole(mysql: MySql, tmp_pa
 def test_two_workers_measure_every_setting_once(mysql: MySql, tmp_path: Path) -> None:
     url = mysql.new_database()
     crew = Crew(tmp_path, url, pause_s=0.8, plan=PLAN)
-    for _ in range(2):
-        crew.start()
-    try:
-        crew.wait(120)
-    finally:
-        for process in crew.processes:
-            process.kill()
+    crew.work(2, 120)
     assert {process.returncode for process in crew.processes} == {0}, crew.logs()
     (study,) = read_studies(open_storage(url))
     assert Outcome.RUNNING not in {trial.outcome for trial in study.trials}

@@ -13,13 +13,14 @@ import optuna
 import psycopg
 import pytest
 import sqlalchemy
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from accelsearch import reconnect, rows
 from accelsearch import storage as module
 from accelsearch.reconnect import PatientStorage, patiently, transient
-from accelsearch.storage import engine, open_storage
+from accelsearch.storage import engine, open_storage, running_trial
 
 
 def gone(original: BaseException | None = None) -> sqlalchemy.exc.DBAPIError:
@@ -104,9 +105,9 @@ def lost_answers(monkeypatch: pytest.MonkeyPatch, what: str) -> list[str]:
     done: list[str] = []
     lost: list[str] = []
 
-    def noted(*args: Any) -> Any:
+    def noted(*args: Any, **options: Any) -> Any:
         done.append(what)
-        return real(*args)
+        return real(*args, **options)
 
     @contextmanager
     def cut(scoped: Any) -> Iterator[Any]:
@@ -131,6 +132,44 @@ def test_a_trial_that_was_ended_by_a_call_whose_answer_was_lost_is_ended_once(
     study.tell(trial, 1.5)
     assert lost
     assert [(one.state, one.value) for one in study.trials] == [(TrialState.COMPLETE, 1.5)]
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_trial_that_was_made_by_a_call_whose_answer_was_lost_is_made_once(
+    monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    storage = PatientStorage("sqlite://")
+    study = optuna.create_study(storage=storage)
+    distributions = {"x": IntDistribution(0, 9)}
+    # Of the same setting and the same worker, but it has ended: it is another trial.
+    for _ in range(before):
+        ended = storage.create_new_trial(
+            study._study_id, running_trial({"x": 1}, distributions, "w")
+        )
+        storage.set_trial_state_values(ended, TrialState.FAIL)
+    others = [({"x": 2}, "w"), ({"x": 1}, "v")]
+    for params, worker in others:
+        storage.create_new_trial(study._study_id, running_trial(params, distributions, worker))
+    lost = lost_answers(monkeypatch, "add_running")
+    made = storage.create_new_trial(study._study_id, running_trial({"x": 1}, distributions, "w"))
+    assert lost
+    assert storage.get_trial_number_from_id(made) == before + len(others)
+    assert len(study.trials) == before + len(others) + 1
+    assert study.trials[-1].params == {"x": 1}
+    assert study.trials[-1].user_attrs == {"worker": "w"}
+
+
+def test_a_running_trial_must_fit_the_distributions_of_its_study() -> None:
+    storage = PatientStorage("sqlite://")
+    study = optuna.create_study(storage=storage)
+    storage.create_new_trial(
+        study._study_id, running_trial({"x": 1}, {"x": IntDistribution(0, 9)}, "w")
+    )
+    unfit = running_trial({"x": 0.5}, {"x": FloatDistribution(0, 1)}, "w")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="distribution kind"):
+            storage.create_new_trial(study._study_id, unfit)
+    assert len(study.trials) == 1
 
 
 def test_a_trial_that_another_has_ended_is_told_so() -> None:
