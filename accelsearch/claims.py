@@ -30,6 +30,7 @@ __all__ = [
     "all_workers",
     "beat",
     "create_tables",
+    "holds_claim",
     "insert_claim",
     "note_trial",
     "release_claim",
@@ -187,11 +188,14 @@ def insert_claim(
             return True
         except sqlalchemy.exc.IntegrityError:
             # It may be our own, from an attempt of which only the answer was lost.
-            query = sqlalchemy.select(_CLAIMS.c.worker).where(*_of(study_id, setting))
-            with engine.connect() as connection:
-                return connection.execute(query).scalar() == worker
+            return _holder(engine, study_id, setting) == worker
 
     return patiently(insert)
+
+
+def holds_claim(engine: Engine, study_id: int, setting: str, worker: str) -> bool:
+    """Whether a worker still has a setting, and was not taken for dead."""
+    return patiently(lambda: _holder(engine, study_id, setting)) == worker
 
 
 def note_trial(engine: Engine, study_id: int, setting: str, worker: str, trial_id: int) -> bool:
@@ -252,6 +256,12 @@ def _reading(engine: Engine, read: Callable[[Connection], tuple[T, ...]]) -> tup
             raise
 
     return patiently(attempt)
+
+
+def _holder(engine: Engine, study_id: int, setting: str) -> str | None:
+    query = sqlalchemy.select(_CLAIMS.c.worker).where(*_of(study_id, setting))
+    with engine.connect() as connection:
+        return connection.execute(query).scalar()
 
 
 def _of(study_id: int, setting: str) -> tuple[sqlalchemy.ColumnElement[bool], ...]:

@@ -139,6 +139,11 @@ class Worker:
         assert self._claim is not None
         return claims.note_trial(self._engine, *self._claim, self.identity.id, trial_id)
 
+    def holds(self) -> bool:
+        """Whether the claim is still this worker's, and was not taken away as a dead one's."""
+        assert self._claim is not None
+        return claims.holds_claim(self._engine, *self._claim, self.identity.id)
+
     def release(self, *, finished: bool = False) -> None:
         """Give the claim up, its trial being `finished` or not."""
         self._deadline = None

@@ -718,7 +718,7 @@ class _Search:
         finally:
             self._worker.release()
         verification = self._whole.verification(best)
-        if verification is None:  # a worker that was taken for dead has written over it
+        if verification is None:  # this worker was taken for dead, and it is another's to verify
             return True
         self._progress.verified(self._whole, verification)
         return not verification.verified
@@ -734,6 +734,13 @@ class _Search:
         except TrialError as error:
             # Not confirmed, and so no answer: its images of other prompts are unusable.
             failure = error.reason
+        if not self._worker.holds():
+            # Taken for dead meanwhile: another verifies, and may have told more than this one knew.
+            self._progress.warned(
+                f"what trial {trial.number} scored on held-out prompts does not count: the "
+                "database was out of reach"
+            )
+            return
         record_verification(
             self._study,
             trial.number if begun is None else begun.trial,

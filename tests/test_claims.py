@@ -68,12 +68,16 @@ def test_claiming_again_after_a_lost_answer_is_no_conflict_with_oneself(connecti
     assert len(claims.all_claims(connections)) == 1
 
 
-def test_a_claim_that_was_taken_away_can_be_noted_no_more(connections: Any) -> None:
-    with Worker(connections) as one:
+def test_a_claim_that_was_taken_away_is_held_and_can_be_noted_no_more(connections: Any) -> None:
+    with Worker(connections) as one, Worker(connections) as other:
         assert one.claim(1, {"a": 1})
         assert one.note(7)
+        assert one.holds()
         assert claims.all_claims(connections)[0].trial_id == 7
         claims.remove_worker(connections, one.identity.id)
+        assert not one.holds()
+        assert other.claim(1, {"a": 1})
+        assert not one.holds()
         assert not one.note(8)
         one.release()
 

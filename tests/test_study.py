@@ -19,7 +19,7 @@ import torch
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from accelsearch import objective, pictures
+from accelsearch import claims, objective, pictures
 from accelsearch import study as module
 from accelsearch.budget import Verdict, loss_told, violation
 from accelsearch.configuration import Budget, LatencySettings, SearchSettings
@@ -1405,6 +1405,32 @@ def test_a_refuted_trial_is_followed_by_the_next_best_with_its_own_share_of_the_
     by_candidate = sorted(found.study.verifications.values(), key=lambda one: one.candidate)
     assert [one.candidate for one in by_candidate] == list(range(len(bench.held_out)))
     assert [one.verified for one in by_candidate] == [False] * len(held) + [True]
+
+
+def test_a_verifier_that_was_taken_for_dead_writes_nothing_over_what_another_has_found(
+    lab: Lab,
+) -> None:
+    class Replaced(Judged):
+        """While it scores, its claim is taken away, and another verifies the same trial."""
+
+        def held_out_scores(
+            self, params: Params, known: tuple[Scores, ...] = ()
+        ) -> tuple[Scores, ...]:
+            scores = super().held_out_scores(params, known)
+            connections = engine(lab.study._storage)
+            (me,) = claims.all_workers(connections)
+            claims.remove_worker(connections, me.identity.id)
+            record_verification(lab.study, 0, 0, scores, prompts=HELD_OUT)
+            return (Scores("clip_score", scores[0].baseline, (40.0,) * len(HELD_OUT)),)
+
+    bench, events = Replaced(), Events()
+    found = lab.search(bench, events, trials=1, held_out_prompts=HELD_OUT)
+    assert bench.held_out == [(3, 0)]
+    assert found.study.verifications[0].verified
+    (told,) = [one for one in events.told if "held-out" in one]
+    assert told == (
+        "what trial 0 scored on held-out prompts does not count: the database was out of reach"
+    )
 
 
 class TimedAndJudged(Timed, Judged):
