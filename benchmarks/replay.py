@@ -1,6 +1,6 @@
 """Replay searches against recorded grids: what each of them costs, and whether its answer holds.
 
-    make bench-replay                       # CPU alone: minutes for each table
+    make bench-replay                       # CPU alone, on all its cores
 
 A table of benchmarks/record.py knows the latencies and the scores of every setting of a grid. A
 strategy sees of it what a search sees: a draw of timed pairs, and the losses of prompts in one
@@ -31,8 +31,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -489,8 +491,9 @@ def stock(
     sampler: Callable[[int], optuna.samplers.BaseSampler],
     pruner: optuna.pruners.BasePruner | None = None,
     reports: str = "",
+    defaults: bool = False,
 ) -> None:
-    """An Optuna study with constraints, at most `limit` settings.
+    """An Optuna study with constraints, at most `limit` settings; the `defaults` first, if wanted.
 
     With a pruner it reports the running speedup after each pair, or the negative running loss
     beside its budget after each call that was scored.
@@ -503,6 +506,10 @@ def stock(
     )
     rows = {tuple(one.values()): row for row, one in enumerate(table.settings)}
     known: dict[int, Trial] = {}
+    if defaults:
+        study.enqueue_trial(
+            {one.name: list(one.values() or ()).index(one.default) for one in table.space}
+        )
     for _ in range(4 * limit):
         if len(known) >= min(limit, len(table.settings)):
             return
@@ -567,8 +574,8 @@ PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
 }
 
 
-def _pruned(search: Search, limit: int, pruner: str, reports: str) -> None:
-    stock(search, limit, _tpe, PRUNERS[pruner](), reports)
+def _pruned(search: Search, limit: int, pruner: str, reports: str, defaults: bool = False) -> None:
+    stock(search, limit, _tpe, PRUNERS[pruner](), reports, defaults)
 
 
 STRATEGIES: dict[str, Callable[[Search, int], None]] = {
@@ -580,6 +587,9 @@ STRATEGIES: dict[str, Callable[[Search, int], None]] = {
         for pruner in PRUNERS
         for reports in ("speedup", "loss")
     },
+    "TPE, defaults, median of speedup": partial(
+        _pruned, pruner="median", reports="speedup", defaults=True
+    ),
     "GP": partial(stock, sampler=_gp),
     "ours": ours,
 }
@@ -599,20 +609,15 @@ class Result:
 
 
 def replayed(
-    table: Table,
-    strategy: Callable[[Search, int], None],
-    seed: int,
-    batch: int,
-    limit: int,
-    max_pairs: int = MAX_PAIRS,
+    table: Table, strategy: str, batch: int, limit: int, max_pairs: int, seed: int
 ) -> Result:
     """One run."""
     search = Search(table, seed, batch, max_pairs)
-    strategy(search, limit)
+    STRATEGIES[strategy](search, limit)
     whole_s = traversal_s(table, batch)
     curve = tuple((spent_s / whole_s, share) for spent_s, share in search.history)
     reached = next((spent for spent, share in curve if share >= REACHED), math.inf)
-    if strategy is not ours:  # which has verified what it found
+    if strategy != "ours":  # which has verified what it found
         for trial in search.kept():
             if search.verify(trial):
                 break
@@ -666,9 +671,9 @@ def main() -> int:
         help=f"METRIC=LOSS[:BOUND], each is replayed by itself; default: {' '.join(BUDGETS)}",
     )
     parser.add_argument("--strategy", action="append", choices=STRATEGIES, help="default: all")
-    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=100, help="runs of each strategy")
     parser.add_argument("--slow-seeds", type=int, default=3, help=f"of {', '.join(sorted(SLOW))}")
-    parser.add_argument("--stock-seeds", type=int, default=20, help="of the other stock samplers")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--trials", type=int, default=60, help="of one run of a sampler at most")
     parser.add_argument("--batch", type=int, default=16, help="prompts of one call")
     parser.add_argument("--max-pairs", type=int, default=MAX_PAIRS, help="of one setting, by ours")
@@ -680,34 +685,30 @@ def main() -> int:
     if not paths:
         parser.error(f"no table in {DATA}; record one by make bench-record")
     panels = {}
-    for path in paths:
-        for text in options.budget or BUDGETS:
-            table = table_of(path, [_budget(parser, text)], options.noise)
-            title = f"{table.name}, {text}"
-            if table.reference is None:
-                print(f"\n## {title}\n\nNo setting keeps this budget on the truth split.")
-                continue
-            print(f"\n## {title}\n\n{told(table, options.batch)}\n\n{HEAD}", flush=True)
-            panels[title] = {}
-            for name in options.strategy or STRATEGIES:
-                count = _seeds(name, options)
-                limits = (options.batch, options.trials, options.max_pairs)
-                results = [
-                    replayed(table, STRATEGIES[name], seed, *limits) for seed in range(count)
-                ]
-                panels[title][name] = results
-                print(row_of(name, results), flush=True)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for path in paths:
+            for text in options.budget or BUDGETS:
+                table = table_of(path, [_budget(parser, text)], options.noise)
+                title = f"{table.name}, {text}"
+                if table.reference is None:
+                    print(f"\n## {title}\n\nNo setting keeps this budget on the truth split.")
+                    continue
+                print(f"\n## {title}\n\n{told(table, options.batch)}\n\n{HEAD}", flush=True)
+                panels[title] = {}
+                for name in options.strategy or STRATEGIES:
+                    count = (
+                        min(options.slow_seeds, options.seeds) if name in SLOW else options.seeds
+                    )
+                    run = partial(
+                        replayed, table, name, options.batch, options.trials, options.max_pairs
+                    )
+                    results = list(pool.map(run, range(count), chunksize=max(count // 20, 1)))
+                    panels[title][name] = results
+                    print(row_of(name, results), flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(drawn(panels), encoding="utf-8")
     return 0
-
-
-def _seeds(name: str, options: argparse.Namespace) -> int:
-    if name in SLOW:
-        return min(options.slow_seeds, options.seeds)
-    quick = ("traversal", "random", "ours")
-    return int(options.seeds if name in quick else min(options.stock_seeds, options.seeds))
 
 
 def _budget(parser: argparse.ArgumentParser, text: str) -> Budget:
@@ -738,7 +739,7 @@ def told(table: Table, batch: int) -> str:
 
 
 _GREYS, _BLACK = ("#888888", "#bbbbbb"), "#000000"
-_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377", "#ee6677")
+_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377", "#bb5566", "#ee6677")
 COLOURS = dict(zip(STRATEGIES, (*_GREYS, *_COLOURS, _BLACK), strict=True))
 COSTS = np.logspace(-2.7, 0, 80)
 
