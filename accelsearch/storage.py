@@ -181,6 +181,13 @@ class StoredTrial:
         judgement = self.judgement(configuration)
         return judgement is not None and judgement.verdict is Verdict.WITHIN
 
+    def is_open(self, configuration: Configuration) -> bool:
+        """Whether its scores do not tell what was decided from them, with other budgets' bounds."""
+        if self.outcome not in (Outcome.FEASIBLE, Outcome.OVER_BUDGET):
+            return False
+        judgement = self.judgement(configuration)
+        return judgement is not None and judgement.verdict is Verdict.UNDECIDED
+
     def most_loss(self, configuration: Configuration) -> float | None:
         """The upper end of its first budget's loss: the loss itself once all prompts are scored.
 

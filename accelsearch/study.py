@@ -538,6 +538,7 @@ class _Search:
         """The trials that were given up as too slow and are not, by now, the most hopeful first.
 
         Held-out prompts have refuted what they were slower than, or nothing so fast is asked for.
+        With them those that were decided early under another `bound`, and are open under this one.
         """
         goal, noise = self._goal, self._noise()
         # Where nothing is left within the budgets, not accelerating is free.
@@ -546,8 +547,8 @@ class _Search:
         found = [
             one
             for one in self._stored.measured
-            if one.outcome in given_up
-            and one.measurement is not None
+            if one.measurement is not None
+            and (one.outcome in given_up or one.is_open(self._configuration))
             and not dominated(one.measurement.latency, beat, noise)
         ]
         if goal is None:

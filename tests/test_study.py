@@ -1433,6 +1433,57 @@ def test_a_verifier_that_was_taken_for_dead_writes_nothing_over_what_another_has
     )
 
 
+class Gradual(Stand):
+    """A stand-in that scores four prompts more until the budget is decided on."""
+
+    def __init__(self, losses: Mapping[int, float]) -> None:
+        def scores(params: Params) -> tuple[Scores, ...]:
+            loss = losses[setting(params)[0]]
+            extra = (0.05 if row % 10 == 3 else 0.0 for row in range(self.seen))
+            scattered = tuple(50 * (1 - loss - one) for one in extra)
+            return (Scores("clip_score", (50.0,) * self.seen, scattered),)
+
+        super().__init__(scores=scores)
+        self.seen = 0
+
+    def measure(self, params: Params, *, known: Measurement | None = None, **question: Any) -> Any:
+        scored = () if known is None else known.scores
+        self.seen = len(scored[0].accelerated) if scored else 8
+        images, budgets = self.configuration.images, self.configuration.budgets
+        while self.seen < images:
+            judgement = judge(self.scores(params), budgets, images)
+            assert judgement is not None
+            if judgement.verdict is not Verdict.UNDECIDED:
+                break
+            self.seen += 4
+        return super().measure(params, known=known, **question)
+
+
+@pytest.mark.parametrize("bound", [None, 0.05])  # a wide range, and one that prompts are beyond
+def test_what_was_decided_under_another_bound_is_gone_on_with_where_it_is_open_under_this_one(
+    lab: Lab, bound: float | None
+) -> None:
+    def question(bound: float | None) -> dict[str, Any]:
+        budgets = (Budget(metric="clip_score", max_loss=0.035, bound=bound),)
+        prompts = tuple(f"prompt {number}" for number in range(400))
+        return {"budgets": budgets, "prompts": prompts, "trials": 12, "sampler": "grid"}
+
+    losses = {2: 0.0, 3: 0.005, 4: 0.01, 5: 0.06}
+    before = lab.search(Gradual(losses), **question(0.12))
+    assert before.best is not None
+    assert before.best.params == {"cache_interval": 4, "cache_branch_id": 0}
+    assert before.best.is_open(lab.configuration(**question(bound)))
+    bench = Gradual(losses)
+    after = lab.search(bench, **question(bound))
+    assert before.best.measurement in bench.resumed
+    assert after.best is not None
+    assert after.best.params == before.best.params
+    assert after.best.number > before.best.number
+    again = Gradual(losses)
+    lab.search(again, **question(bound))
+    assert again.measured == []
+
+
 class TimedAndJudged(Timed, Judged):
     """A stand-in of both: its best settings are timed on before held-out prompts are asked."""
 
