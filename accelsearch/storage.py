@@ -88,7 +88,6 @@ __all__ = [
     "tells_bounded",
 ]
 
-_HEARTBEAT_S, _GRACE_S = 30, 120
 _BUSY_S = 60  # that a writer waits for another one's lock on a SQLite file
 _RESTED_S = 1.0  # without use, after which a connection is looked at before it is used
 _STARTING_S = 60  # that a server may take to start

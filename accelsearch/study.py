@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -377,13 +377,14 @@ class _Search:
             if trial.measurement is not None
         ]
         # Of several of one setting, the one that tells most.
-        found.sort(
-            key=lambda one: (
-                sum(len(of.accelerated) for of in one.scores),
-                len(one.latency.baseline_s),
-            )
-        )
+        found.sort(key=self._told_by)
         return {_setting(self._space, one.params): one for one in found}
+
+    def _told_by(self, measurement: Measurement) -> tuple[int, int]:
+        """How many images it has scored for the budgets, and how many pairs of calls timed."""
+        scored = {one.metric: len(one.accelerated) for one in measurement.scores}
+        least = min(scored.get(budget.metric, 0) for budget in self._configuration.budgets)
+        return least, len(measurement.latency.baseline_s)
 
     def _read(self) -> StoredStudy:
         """The study as stored, but with the limits of this search instead of the first one's.
@@ -497,8 +498,8 @@ class _Search:
         trials = sorted(known.values(), key=lambda one: -(one.speedup or 0.0))[:_LEARNT]
         noise = self._noise() or _NOISE
         observed = [_observed(self._space, one, self._configuration, noise) for one in trials]
-        best = max((one.speedup or 0.0 for one in feasible_trials(self._stored)), default=None)
-        beat = self._goal or best
+        best = _fastest(feasible_trials(self._stored))
+        beat = self._goal or (best.speedup if best else None)
         for _ in range(_DRAWS):
             candidates = self._candidates(observed, chance)
             guide = Guide(self._space, candidates, self._configuration.budgets, self._settings.seed)
@@ -574,7 +575,7 @@ class _Search:
         """
         if self._goal is not None:
             return None
-        best = max(feasible_trials(self._stored), key=lambda one: one.speedup or 0.0, default=None)
+        best = _fastest(feasible_trials(self._stored))
         if best is None or best.measurement is None:
             return None
         interval = best.measurement.latency.interval()
@@ -629,7 +630,7 @@ class _Search:
         if not self._configuration.held_out_prompts:
             return None
         if self._goal is None:
-            best = max(feasible_trials(stored), key=lambda one: one.speedup or 0.0, default=None)
+            best = _fastest(feasible_trials(stored))
         else:
             best = targeted(stored, self._goal, self._choice)
         return None if best is None or stored.verification(best) else best
@@ -776,7 +777,11 @@ class _Trial:
         if stored is not None and stored.number not in reopened and not timed_on:
             self.repeated = True
             return self._repeat(trial, stored)
-        known = search._pool.get(setting) if stored is None else stored.measurement
+        known = None if stored is None else stored.measurement
+        pooled = search._pool.get(setting)
+        if pooled is not None and not timed_on:
+            # Another study may have scored more of the very same images, and timed more calls.
+            known = max((known or pooled, pooled), key=search._told_by)
         resumes = None if stored is None else stored.number
         try:
             result = self._bench.measure(
@@ -881,10 +886,8 @@ def _may_hold(study: StoredStudy, verification: Verification, more: int) -> bool
     return best.verdict is Verdict.WITHIN
 
 
-def _told_by(measurement: Measurement) -> tuple[int, int]:
-    """How many images a measurement has scored, and how many pairs of calls it has timed."""
-    scored = min((len(one.accelerated) for one in measurement.scores), default=0)
-    return scored, len(measurement.latency.baseline_s)
+def _fastest(trials: Iterable[StoredTrial]) -> StoredTrial | None:
+    return max(trials, key=lambda one: one.speedup or 0.0, default=None)
 
 
 def _observed(

@@ -1521,6 +1521,23 @@ def test_what_a_refuted_trial_had_dominated_is_scored_after_all(lab: Lab) -> Non
     assert len(found.study.current) == 2
 
 
+def test_a_trial_that_is_gone_on_with_takes_what_another_study_has_scored_meanwhile(
+    lab: Lab,
+) -> None:
+    lab.search(Judged({3: 0.2}), trials=1)
+    lab.suggest((2, 0))
+    lab.search(Judged({3: 0.2}), trials=2)
+    assert [one.outcome for one in lab.trials] == [Outcome.FEASIBLE, Outcome.DOMINATED]
+    tight = (Budget(metric="clip_score", max_loss=0.01),)
+    lossy = Judged(searched={(3, branch): 0.02 for branch in range(3)})
+    other = lab.search(lossy, trials=12, sampler="grid", budgets=tight)
+    (fuller,) = [one for one in other.study.trials if setting(one.params) == (2, 0)]
+    assert fuller.outcome is Outcome.FEASIBLE
+    bench = Judged({3: 0.2})
+    lab.search(bench, trials=2, held_out_prompts=HELD_OUT)
+    assert bench.resumed == [fuller.measurement]
+
+
 def test_where_nothing_is_confirmed_the_fastest_stays_the_best_and_says_so(lab: Lab) -> None:
     bench = Judged({2: 0.3, 3: 0.2})
     found = lab.search(bench, trials=12, sampler="grid", held_out_prompts=HELD_OUT)
