@@ -58,6 +58,12 @@ _TREND = 0.5
 _OTHER = 0.6
 _PRESENCE = 0.5
 
+# A setting that failed is taken for one that is over its budgets by so much, give or take what
+# stands on the modelled scale: what fails at one value of a parameter may well fail at the next,
+# and a failure by chance must not hide what is good around it.
+_FAILED, _FAILED_DB = 4.0, 10.0
+_FAILED_ERROR = 0.3
+
 # The cost of a setting whose images are over the budget at first sight, of one that is told to be
 # slow, and of one that is measured in full (6 pairs), in calls of the baseline, where an
 # accelerated call takes half as long.
@@ -72,8 +78,8 @@ class Observation:
 
     `params` are its effective ones, all of them. `log_speedup` is the natural logarithm, and its
     standard error stands beside it. `losses`: by metric, the mean loss so far and its standard
-    error; empty where nothing was scored. A setting that failed or was not timed has a
-    `log_speedup` of NaN.
+    error; empty where nothing was scored. A setting that was not timed has a `log_speedup` of NaN;
+    one that has neither failed, and is taken to lose too much.
     """
 
     params: Mapping[str, ParamValue]
@@ -157,6 +163,9 @@ class Guide:
             0.0,
             candidates,
         )
+        failed = [
+            row for row, one in known if not math.isfinite(one.log_speedup) and not one.losses
+        ]
         keeps = np.ones(len(candidates))
         for budget in self._budgets:
             scored = [
@@ -165,10 +174,13 @@ class Guide:
                 if budget.metric in one.losses
             ]
             tamed = [_tamed(loss, budget) for _, loss, _ in scored]
+            errors = [
+                slope * error for (_, slope), (_, _, error) in zip(tamed, scored, strict=True)
+            ]
             loss, loss_error = self._predict(
-                [row for row, _, _ in scored],
-                [value for value, _ in tamed],
-                [slope * error for (_, slope), (_, _, error) in zip(tamed, scored, strict=True)],
+                [row for row, _, _ in scored] + failed,
+                [value for value, _ in tamed] + [_failure(budget)] * len(failed),
+                errors + [_FAILED_ERROR] * len(failed),
                 None if budget.floor_db is not None else 0.0,
                 candidates,
             )
@@ -349,6 +361,12 @@ def _tamed(loss: float, budget: Budget) -> tuple[float, float]:
         return loss / 10, 0.1
     unit = (budget.max_loss or 0.01) / 2
     return math.asinh(loss / unit), 1 / (unit * math.hypot(1.0, loss / unit))
+
+
+def _failure(budget: Budget) -> float:
+    """What a setting that failed is taken to lose, on the scale that is modelled."""
+    beyond = _FAILED_DB if budget.floor_db is not None else _FAILED * (budget.max_loss or 0.01)
+    return _tamed(beyond, budget)[0]
 
 
 def _expected_improvement(ahead: _Array, error: _Array) -> _Array:
