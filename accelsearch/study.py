@@ -340,7 +340,7 @@ class _Search:
         return self._bench.space
 
     @cached_property
-    def _every(self) -> list[dict[str, ParamValue]] | None:
+    def _every(self) -> dict[Setting, dict[str, ParamValue]] | None:
         return _every(self._space)
 
     @cached_property
@@ -485,7 +485,8 @@ class _Search:
         finite = all(parameter.values() is not None for parameter in space)
         # A sampler that has come round to what it knows gets something new to learn from.
         if sampler == "grid" or (self._repeated and finite):
-            return _fresh(space, self._every, tried, chance) or "the whole grid is measured"
+            fresh = _fresh(space, self._every, tried, chance)
+            return fresh[0] if fresh else "the whole grid is measured"
         return None
 
     def _guided(
@@ -521,19 +522,13 @@ class _Search:
     ) -> list[dict[str, ParamValue]]:
         every = self._every
         if every is not None and len(every) <= _CANDIDATES:
-            return every
+            return list(every.values())
         found = {_setting(self._space, one.params): dict(one.params) for one in observed}
         for params in [*(dict(one.params) for one in observed), *self._starts]:
             for near in _near(self._space, params):
                 found.setdefault(_setting(self._space, near), near)
-        drawn: set[Setting] = set(found)
-        while len(found) < _CANDIDATES:
-            fresh = _fresh(self._space, every, drawn, chance)
-            if fresh is None:
-                break
-            drawn.add(_setting(self._space, fresh))
-            found[_setting(self._space, fresh)] = fresh
-        return list(found.values())
+        missing = max(_CANDIDATES - len(found), 0)
+        return [*found.values(), *_fresh(self._space, every, found, chance, missing)]
 
     def _reopened(self) -> list[StoredTrial]:
         """The trials that were given up as too slow and are not, by now, the most hopeful first.
@@ -949,14 +944,13 @@ def _values(parameter: Parameter) -> tuple[ParamValue, ...]:
     return tuple(min(parameter.low + width * index / 9, parameter.high) for index in range(10))
 
 
-def _every(space: Sequence[Parameter]) -> list[dict[str, ParamValue]] | None:
+def _every(space: Sequence[Parameter]) -> dict[Setting, dict[str, ParamValue]] | None:
     """The settings that differ from each other in effect; None where they are too many to list."""
     names, values = [one.name for one in space], [_values(one) for one in space]
     if math.prod(map(len, values)) > _ENUMERABLE:
         return None
     settings = (dict(zip(names, one, strict=True)) for one in itertools.product(*values))
-    distinct = {_setting(space, one): effective(space, one) for one in settings}
-    return list(distinct.values())
+    return {_setting(space, one): effective(space, one) for one in settings}
 
 
 def _near(
@@ -974,19 +968,24 @@ def _near(
 
 def _fresh(
     space: Sequence[Parameter],
-    every: list[dict[str, ParamValue]] | None,
+    every: Mapping[Setting, dict[str, ParamValue]] | None,
     tried: Container[Setting],
     chance: random.Random,
-) -> dict[str, ParamValue] | None:
-    """A setting that has not been tried, drawn at random; None where there is no other."""
+    count: int = 1,
+) -> list[dict[str, ParamValue]]:
+    """So many settings that have not been tried, drawn at random; fewer where there are no more."""
     if every is not None:
-        untried = [one for one in every if _setting(space, one) not in tried]
-        return chance.choice(untried) if untried else None
-    for _ in range(_ATTEMPTS):  # of so many, hardly any have been tried
+        untried = [one for key, one in every.items() if key not in tried]
+        return chance.sample(untried, min(count, len(untried)))
+    found: dict[Setting, dict[str, ParamValue]] = {}
+    for _ in range(_ATTEMPTS + 2 * count):  # of so many, hardly any have been tried
+        if len(found) == count:
+            break
         drawn = effective(space, {one.name: chance.choice(_values(one)) for one in space})
-        if _setting(space, drawn) not in tried:
-            return drawn
-    return None
+        key = _setting(space, drawn)
+        if key not in tried:
+            found.setdefault(key, drawn)
+    return list(found.values())
 
 
 def _setting(space: Sequence[Parameter], params: Mapping[str, ParamValue]) -> Setting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import re
 import shutil
 import sqlite3
@@ -967,6 +969,33 @@ def test_the_grid_of_a_continuous_parameter_ends(lab: Lab) -> None:
     ratios = [params["ratio"] for params in bench.measured]
     assert (min(ratios), max(ratios)) == (0.1, 0.7)
     assert all(ratio.accepts(value) for value in ratios)
+
+
+def test_many_settings_of_a_large_space_are_drawn_without_naming_all_of_it_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space = (replace(INTERVAL, high=101), replace(BRANCH, high=99))
+    every = module._every(space)
+    assert every is not None
+    assert len(every) == 10_000
+    tried = set(itertools.islice(every, 9_000))
+    named: list[Any] = []
+    monkeypatch.setattr(module, "_setting", lambda *args: named.append(args))
+    drawn = module._fresh(space, every, tried, random.Random(0), 500)
+    assert len({(one["cache_interval"], one["cache_branch_id"]) for one in drawn}) == 500
+    assert not [one for one in drawn if tuple(sorted(one.items())) in tried]
+    assert len(module._fresh(space, every, tried, random.Random(0), 2_000)) == 1_000
+    assert named == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 50])
+def test_settings_of_a_space_that_is_not_listed_are_drawn_until_they_are_enough(
+    count: int,
+) -> None:
+    space = (replace(INTERVAL, high=10_000), replace(BRANCH, high=10_000))
+    assert module._every(space) is None
+    drawn = module._fresh(space, None, set(), random.Random(0), count)
+    assert len({tuple(one.items()) for one in drawn}) == len(drawn) == count
 
 
 def test_every_kind_of_parameter_is_suggested_from_its_values(lab: Lab) -> None:
