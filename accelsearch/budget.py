@@ -25,7 +25,7 @@ Annals of Applied Statistics 17(1), 2023.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -207,9 +207,23 @@ def verify(losses: Iterable[tuple[ArrayLike, Budget]], alpha: float = ALPHA) -> 
     been chosen without these prompts; the mean baseline score of the search prompts is a scale
     that was fixed before them.
 
+    The draws may come in an order that is none of chance, as from a list sorted by topics. What the
+    first of them say must not count more than all: the mean of all keeps the budgets too, or it is
+    UNDECIDED, and the intervals hold that mean.
+
     Several candidates on the same prompts: see `candidate_alpha`.
     """
-    return decide(losses, None, alpha)
+    given = [(np.asarray(values, dtype=np.float64), budget) for values, budget in losses]
+    judgement = decide(given, None, alpha)
+    means = {budget.metric: float(values.mean()) for values, budget in given}
+    intervals = {
+        metric: (min(low, means[metric]), max(high, means[metric]))
+        for metric, (low, high) in judgement.intervals.items()
+    }
+    kept = all(within(means[budget.metric], budget.max_loss) for _, budget in given)
+    if judgement.verdict is Verdict.WITHIN and not kept:
+        return replace(judgement, verdict=Verdict.UNDECIDED, proven=False, intervals=intervals)
+    return replace(judgement, intervals=intervals)
 
 
 def candidate_alpha(candidate: int, alpha: float = ALPHA) -> float:

@@ -416,6 +416,16 @@ def test_no_number_of_prompts_verifies_a_loss_that_is_not_under_its_budget() -> 
     assert prompts_needed(NONE) is None
 
 
+def test_held_out_prompts_that_lose_nothing_first_and_too_much_later_verify_nothing() -> None:
+    values = np.r_[np.zeros(130), np.full(62, 0.08)]
+    assert verify([(values[:130], CLIP)]).verdict is Verdict.WITHIN
+    assert values.mean() > CLIP.max_loss
+    judgement = verify([(values, CLIP)])
+    assert (judgement.verdict, judgement.proven) == (Verdict.UNDECIDED, False)
+    low, high = judgement.intervals["clip_score"]
+    assert low <= values.mean() <= high
+
+
 def test_verifying_rests_on_no_number_of_prompts_in_all() -> None:
     values = steady(0.0, 30)
     assert decide([(values, CLIP)], 30).verdict is Verdict.WITHIN
