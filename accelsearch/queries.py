@@ -39,7 +39,7 @@ def feasible_trials(study: StoredStudy) -> list[StoredTrial]:
 def doubtful_trials(study: StoredStudy) -> list[StoredTrial]:
     """The trials that keep all budgets, but were set aside: held-out prompts are too few to tell.
 
-    They answer targets, and are an upper bound where no other trial is.
+    They answer targets and are an upper bound where no other trial does.
     """
     # A search asks at every turn, and most have set nothing aside.
     if not any(one.aside for one in study.verifications.values()):
@@ -117,18 +117,21 @@ def targeted(study: StoredStudy, requested: float, choice: str = "safest") -> St
 
     Of those fast enough, the one with the smallest score loss (by its upper end), and of equals
     the faster; with `closest`, the one whose speedup is nearest to the request; with `exact` that
-    one too, but only if the request lies within its 95 % interval. Trials that were set aside for
-    the upper bound answer like others.
+    one too, but only if the request lies within its 95 % interval. Of trials that were set aside
+    for the upper bound only where no other answers: held-out prompts will hardly confirm them.
     """
-    configuration = study.configuration
-    answers = [trial for trial in answering_trials(study) if _speedup(trial) >= requested]
-    if choice == "exact":
-        answers = [trial for trial in answers if least_speedup(trial) <= requested]
+
+    def answers(trial: StoredTrial) -> bool:
+        exact = choice != "exact" or least_speedup(trial) <= requested
+        return exact and _speedup(trial) >= requested
+
+    found = list(filter(answers, feasible_trials(study)))
+    found = found or list(filter(answers, doubtful_trials(study)))
     if choice != "safest":
-        return min(answers, key=_speedup, default=None)
+        return min(found, key=_speedup, default=None)
     return min(
-        answers,
-        key=lambda trial: (trial.most_loss(configuration), -_speedup(trial)),
+        found,
+        key=lambda trial: (trial.most_loss(study.configuration), -_speedup(trial)),
         default=None,
     )
 

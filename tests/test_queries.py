@@ -378,6 +378,14 @@ def test_a_trial_that_was_set_aside_answers_targets_and_is_the_bound_where_no_ot
     assert faster_aside(alone) is None
 
 
+@pytest.mark.parametrize("choice", ["safest", "closest", "exact"])
+def test_what_was_set_aside_answers_no_target_that_another_trial_answers(choice: str) -> None:
+    study = study_of([trial(0, 1.5, 0.001), trial(1, 1.5, 0.01)])
+    assert targeted(study, 1.5, choice) == study.trials[0]
+    doubted = replace(study, verifications={0: Verification(0, 0, None, (), aside=True)})
+    assert targeted(doubted, 1.5, choice) == doubted.trials[1]
+
+
 def test_of_the_trials_that_were_set_aside_the_fastest_that_can_be_verified_is_told() -> None:
     trials = [trial(0, 3.0, 0.02), trial(1, 2.5, 0.01), trial(2, 2.0, 0.0), trial(3, 1.5, 0.0)]
     asides = {number: Verification(number, 0, None, (), aside=True) for number in (0, 1, 3)}
