@@ -555,8 +555,8 @@ class Plan(_Common):
     )
     prompts: _Name = Field(
         default="photo",
-        description="A built-in list (photo, shapes) or a UTF-8 text file, one prompt a line. Their "
-        "order must tell nothing: the first are searched with, the next held out.",
+        description="A built-in list (photo, shapes) or a UTF-8 text file, one prompt a line. "
+        "Their order must tell nothing: the first are searched with, the next held out.",
     )
     images: int = Field(
         default=24,

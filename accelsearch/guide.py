@@ -92,7 +92,8 @@ class Observation:
 class Proposal:
     """A setting to measure next.
 
-    `chance`: that it keeps all budgets and is faster than the speedup to beat by the gain.
+    `chance`: that it keeps all budgets and is faster than the speedup to beat by the gain, and not
+    by more than is wanted.
     """
 
     params: dict[str, ParamValue]
@@ -137,13 +138,15 @@ class Guide:
         open_: Collection[int] | None,
         beat: float | None,
         gain: float = GAIN,
+        within: float | None = None,
     ) -> Proposal | None:
         """The setting to measure next; None, and the `reason`, where none is worth it.
 
         `open_` are the indices of the settings that may be proposed; None: all that were not
         observed. `beat` is the speedup to beat: that of the fastest setting known to keep the
         budgets, or a requested one; None is 1, since not accelerating is free. Faster by less
-        than `gain`, a share of it, is no improvement; give 0 for a requested speedup.
+        than `gain`, a share of it, is no improvement; give 0 for a requested speedup. With
+        `within`, a share as well, a setting that is faster by more than that is no answer either.
         """
         self.reason = ""
         rows = [self._index.get(self._key(one.params)) for one in observed]
@@ -187,18 +190,23 @@ class Guide:
             keeps = keeps * _below((_tamed(budget.max_loss, budget)[0] - loss) / loss_error)
         aim = math.log(1.0 if beat is None else beat)
         faster = _below((speed - aim - math.log1p(gain)) / speed_error)
-        chances = keeps * faster
+        answers = faster
+        if within is not None:
+            answers = faster - _below((speed - aim - math.log1p(within)) / speed_error)
+        chances = keeps * answers
         if not timed and not any(one.losses for _, one in known):
             # Nothing is known yet: the defaults are what the methods' authors advise.
             best = int(np.lexsort((self._noise(candidates), self._from_default[candidates]))[0])
         elif chances.max() < HOPELESS:
             self.reason = (
-                f"no setting has a chance of {HOPELESS:.1%} to keep the budgets at a speedup of "
-                f"{math.exp(aim) * (1 + gain):.3g}"
+                f"no other setting has a chance of {HOPELESS:.1%} to keep the budgets at a "
+                f"speedup of {math.exp(aim) * (1 + gain):.3g}"
             )
             return None
         else:
-            promise = keeps * _expected_improvement(speed - aim, speed_error)
+            promise = chances
+            if within is None:
+                promise = keeps * _expected_improvement(speed - aim, speed_error)
             cost = (1 - keeps) * _COST_OVER + keeps * (
                 (1 - faster) * _COST_SLOW + faster * _COST_FULL
             )

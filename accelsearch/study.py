@@ -510,7 +510,9 @@ class _Search:
                 if _setting(self._space, one) not in tried
             ]
             gain = 0.0 if self._goal else GAIN
-            proposal = guide.propose(observed, open_, beat, gain)
+            exact = self._goal is not None and self._choice == "exact"
+            within = self._configuration.latency.precision if exact else None
+            proposal = guide.propose(observed, open_, beat, gain, within)
             if proposal is not None:
                 return proposal.params
             if self._every is not None and len(candidates) == len(self._every):

@@ -331,7 +331,7 @@ def verification_of(loss: float, verdict: Verdict) -> Verification:
 def test_a_target_shows_what_answers_it_or_why_nothing_does(make_study: MakeStudy) -> None:
     study = make_study(FEASIBLE, OVER)
     met = Found(study, "trial 0 meets 1.5x", goal=1.5)
-    missed = Found(study, "no setting has a chance", goal=4.0)
+    missed = Found(study, "no other setting has a chance", goal=4.0)
     nothing = Found(make_study(OVER), "the limit of 1 trials", goal=2.0)
     console = Console(file=StringIO(), width=120)
     console.print(targets_table([met, missed, nothing]))
@@ -339,7 +339,7 @@ def test_a_target_shows_what_answers_it_or_why_nothing_does(make_study: MakeStud
     assert re.search(r"1\.5x +2\.00x \[2\.00, 2\.00\]", text)
     assert "cache_interval=2" in text
     assert "1 % of 2 %" in text
-    assert "none: no setting has a chance; the best is 2.00x" in text
+    assert "none: no other setting has a chance; the best is 2.00x" in text
     assert "none: the limit of 1 trials" in text
     assert text.count("the best is") == 1
 

@@ -292,6 +292,33 @@ def test_a_speedup_out_of_reach_is_given_up_and_one_within_reach_is_not() -> Non
     assert guide.reason == ""
 
 
+@pytest.mark.parametrize("wanted", [1.2, 1.5, 2.0, 2.5])
+def test_an_exact_speedup_is_aimed_at_and_not_what_is_faster(wanted: float) -> None:
+    def truth(setting: Setting) -> tuple[float, dict[str, float]]:
+        return cached(setting, harm=0.0032)
+
+    guide = Guide(CACHE, all_of(CACHE), [SSIM], 0)
+    seen: list[Observation] = []
+    for _ in range(12):  # of 108
+        proposal = guide.propose(seen, None, wanted, gain=0.0, within=0.03)
+        assert proposal is not None
+        speedup, losses = truth(proposal.params)
+        seen.append(observed(proposal.params, truth))
+        if wanted <= speedup <= 1.03 * wanted and losses["ssim"] < SSIM.max_loss:
+            break
+    else:
+        pytest.fail(f"not found among {[math.exp(one.log_speedup) for one in seen]}")
+
+
+def test_an_exact_speedup_that_no_setting_has_is_given_up() -> None:
+    settings = all_of(CACHE)
+    seen = [observed(setting, cached) for setting in settings[::3]]
+    faster = max(math.exp(one.log_speedup) for one in seen)
+    guide = Guide(CACHE, settings, [SSIM], 0)
+    assert guide.propose(seen, None, 1.05 * faster, gain=0.0, within=0.03) is None
+    assert "no other setting" in guide.reason
+
+
 # What is missing, or odd
 
 

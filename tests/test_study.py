@@ -1096,7 +1096,7 @@ def test_a_guided_search_finds_the_best_setting_before_it_has_measured_all(lab: 
     # The fastest whose loss, 1 % an interval, is under 3.5 %.
     assert found.best is not None
     assert found.best.params == {"cache_interval": 3, "cache_branch_id": 0}
-    assert found.stopped.startswith("no setting has a chance of ")
+    assert found.stopped.startswith("no other setting has a chance of ")
     assert len(bench.measured) < 20
     assert len({setting(params) for params in bench.measured}) == len(bench.measured)
     # What it ended with is its answer again, and nothing is measured for it.
