@@ -341,6 +341,7 @@ def result(study: StoredStudy) -> dict[str, str]:
         if is_unconfirmed(study, best)
         else f"{speedup(best)}, trial {best.number}",
         "trials": ", ".join(counted) or "none",
+        **({} if study.stopped is None else {"last search ended": study.stopped}),
     }
 
 

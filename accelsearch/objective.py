@@ -136,9 +136,11 @@ class Bench:
             for parameter in found
         )
 
-    def starts(self, known: Iterable[Mapping[str, ParamValue]] = ()) -> list[dict[str, ParamValue]]:
+    def starts(
+        self, known: Iterable[Mapping[str, ParamValue]] = (), *, alone: bool = True
+    ) -> list[dict[str, ParamValue]]:
         """Settings to begin with: known good ones of some of the methods, and then each alone."""
-        return methods.starts(self.space, known)
+        return methods.starts(self.space, known, alone=alone)
 
     def defaults(self) -> dict[str, ParamValue]:
         """Each parameter's default within the space."""

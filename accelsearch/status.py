@@ -77,6 +77,7 @@ def as_json(status: Status) -> dict[str, Any]:
                 "workers": status.at(study),
                 "outcomes": {key.value: count for key, count in outcomes(study).items()},
                 "failures": dict(failures(study)),
+                "stopped": study.stopped,
                 "best": None
                 if (best := fastest_feasible(study)) is None
                 else {"trial": best.number, "speedup": best.speedup, "params": best.params},
@@ -132,6 +133,8 @@ def studies_table(status: Status) -> RenderableType:
         lines.add_row("  trials", Text(", ".join(counted) or "none"))
         for reason, count in failures(study).most_common(5):
             lines.add_row("", Text(f"{count}x {reason}", "yellow"))
+        if study.stopped is not None:
+            lines.add_row("  ended", Text(study.stopped))
         lines.add_row("  on", Text(f"{study.environment.device}{at_work}"))
         shown += [Text(study.name, overflow="fold"), lines]
     return Group(*shown)

@@ -82,6 +82,7 @@ __all__ = [
     "running_trial",
     "say_bounded",
     "say_settings",
+    "say_stopped",
     "say_worker",
     "settings_of",
     "study_name",
@@ -99,6 +100,7 @@ _REUSED, _SECONDS = "reused_from", "seconds"
 _LOST = "lost"
 _SETTINGS = "settings"
 _BOUNDED = "bounded"
+_STOPPED = "stopped"
 _RESUMES = "resumes"
 _LEAST_VIOLATION = 1e-9  # that Optuna takes for one
 # One attribute for each trial and request, so that workers do not overwrite each other's.
@@ -256,6 +258,7 @@ class StoredStudy:
     verifications: Mapping[int, Verification] = field(default_factory=dict)  # by trial
     requests: Mapping[float, str] = field(default_factory=dict)  # speedups asked for -> how chosen
     bounded: bool | None = None  # a search for the largest speedup has ended; None: older studies
+    stopped: str | None = None  # why the last search ended; None while one goes on
 
     @cached_property
     def in_vain(self) -> dict[int, int]:
@@ -512,6 +515,12 @@ def say_bounded(study: optuna.Study, bounded: bool) -> None:
         study.set_user_attr(_BOUNDED, bounded)
 
 
+def say_stopped(study: optuna.Study, why: str | None) -> None:
+    """Store why a search has ended; None: one has begun to measure."""
+    if study.user_attrs.get(_STOPPED) != why:
+        study.set_user_attr(_STOPPED, why)
+
+
 def record(
     trial: optuna.Trial,
     outcome: Outcome,
@@ -709,19 +718,23 @@ def read_parts(storage: BaseStorage, configuration: Configuration) -> tuple[Stor
     )
 
 
-def read_neighbours(storage: BaseStorage, configuration: Configuration) -> tuple[StoredStudy, ...]:
-    """The studies of the same model and methods whose steps or scheduler are others."""
+def read_neighbours(
+    storage: BaseStorage, configuration: Configuration, environment: Environment
+) -> tuple[StoredStudy, ...]:
+    """The studies of the same model and methods whose steps, scheduler or environment are others.
+
+    So what was found on another GPU, or with older libraries, is where a search begins.
+    """
     methods, model = list(configuration.methods), configuration.model
-    own = (configuration.scheduler, configuration.steps)
+    own = (configuration.scheduler, configuration.steps, environment)
+    found = _readable(
+        storage,
+        lambda stored: stored.get("methods") == methods and stored.get("model") == model,
+    )
     return tuple(
-        _readable(
-            storage,
-            lambda stored: (
-                stored.get("methods") == methods
-                and stored.get("model") == model
-                and (stored.get("scheduler"), stored.get("steps")) != own
-            ),
-        )
+        one
+        for one in found
+        if (one.configuration.scheduler, one.configuration.steps, one.environment) != own
     )
 
 
@@ -801,6 +814,7 @@ def _study(name: str, attributes: Mapping[str, Any], trials: Sequence[FrozenTria
                 if key.startswith(_REQUEST)
             },
             bounded=attributes.get(_BOUNDED),
+            stopped=attributes.get(_STOPPED),
         )
     except (StorageError, ValueError) as error:
         raise StorageError(f"study {name!r} cannot be read: {error}") from None

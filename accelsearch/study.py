@@ -70,6 +70,7 @@ from accelsearch.storage import (
     record_verification,
     say_bounded,
     say_settings,
+    say_stopped,
     settings_of,
     tells_bounded,
 )
@@ -323,6 +324,8 @@ class _Search:
                 say_bounded(self._study, True)
                 self._stored = replace(self._stored, bounded=True)
             if stopped != OTHERS:
+                say_stopped(self._study, stopped)
+                self._stored = replace(self._stored, stopped=stopped)
                 self._warn_untried()
                 self._warn_aside()
             found = Found(self._whole, stopped, tuple(pending), self._goal, self._choice)
@@ -359,12 +362,14 @@ class _Search:
     def _starts(self) -> list[dict[str, ParamValue]]:
         """What was good elsewhere, by the budgets of this search, and then the defaults."""
         storage, configuration = self._study._storage, self._configuration
-        studies = (*read_parts(storage, configuration), *read_neighbours(storage, configuration))
+        studies = (
+            *read_parts(storage, configuration),
+            *read_neighbours(storage, configuration, self._environment),
+        )
         best = (fastest_feasible(replace(one, configuration=configuration)) for one in studies)
         known = [one.params for one in best if one is not None]
-        starts = self._bench.starts(known)
         # The guide finds out by itself what each method does alone, unless parts have told.
-        return starts[: len(known) + 1] if self._settings.sampler == _GUIDED else starts
+        return self._bench.starts(known, alone=self._settings.sampler != _GUIDED)
 
     @cached_property
     def _pool(self) -> dict[Setting, Measurement]:
@@ -591,6 +596,8 @@ class _Search:
         """Measure one setting."""
         if self._worker.stopping:
             raise KeyboardInterrupt
+        if self._stored.stopped is not None:
+            say_stopped(self._study, None)
         running = take(
             self._study,
             self._space,

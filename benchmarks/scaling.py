@@ -83,8 +83,10 @@ class Waiting:
     def environment(configuration: Any) -> Environment:
         return Environment("a wait", "cpu", None, None, 1, "", {})
 
-    def starts(self, known: Iterable[Mapping[str, ParamValue]] = ()) -> list[dict[str, ParamValue]]:
-        return starts(self.space, known)
+    def starts(
+        self, known: Iterable[Mapping[str, ParamValue]] = (), *, alone: bool = True
+    ) -> list[dict[str, ParamValue]]:
+        return starts(self.space, known, alone=alone)
 
     def measure(self, params: Mapping[str, ParamValue], **question: Any) -> Result:
         with self._log.open("a") as log:

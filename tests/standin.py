@@ -50,8 +50,10 @@ class StandIn:
     def environment(configuration: Any) -> Environment:
         return Environment("stand-in", "cpu", None, None, 1, "3.11", {})
 
-    def starts(self, known: Iterable[Mapping[str, ParamValue]] = ()) -> list[dict[str, ParamValue]]:
-        return starts(self.space, known)
+    def starts(
+        self, known: Iterable[Mapping[str, ParamValue]] = (), *, alone: bool = True
+    ) -> list[dict[str, ParamValue]]:
+        return starts(self.space, known, alone=alone)
 
     def measure(self, params: Mapping[str, ParamValue], **question: Any) -> Result:
         self._tell("begins", params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from accelsearch.claims import say_farewell
 from accelsearch.heartbeat import Worker
 from accelsearch.status import ago, as_json, read_status, tables
-from accelsearch.storage import Outcome, create_study, engine, open_storage, record
+from accelsearch.storage import Outcome, create_study, engine, open_storage, record, say_stopped
 from accelsearch.turns import take
 from tests.standin import StandIn
 from tests.stored import add_trial, configured, new_database
@@ -45,6 +46,18 @@ def test_failures_are_counted_by_their_reason(storage: Any) -> None:
     assert one["failures"] == {"out of GPU memory": 2, "images contain NaN": 1}
     assert one["outcomes"] == {"failed": 3}
     assert one["best"] is None
+
+
+def test_why_the_last_search_ended_is_shown(storage: Any) -> None:
+    study = started(storage)
+    assert as_json(read_status(storage))["studies"][0]["stopped"] is None
+    say_stopped(study, "the limit of 7 trials")
+    status = read_status(storage)
+    assert as_json(status)["studies"][0]["stopped"] == "the limit of 7 trials"
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(tables(status))
+    assert re.search(r"ended +the limit of 7 trials", shown.get())
 
 
 def test_workers_are_shown_with_what_they_do(storage: Any) -> None:

@@ -810,7 +810,7 @@ def test_siblings_measure_the_very_same_for_other_budgets(database: BaseStorage)
     assert found == {loose.study_name, narrow.study_name}
 
 
-def test_neighbours_differ_in_steps_or_scheduler(database: BaseStorage) -> None:
+def test_neighbours_differ_in_steps_scheduler_or_environment(database: BaseStorage) -> None:
     started(database)
     steps, scheduler = (
         started(database, steps=20),
@@ -818,5 +818,8 @@ def test_neighbours_differ_in_steps_or_scheduler(database: BaseStorage) -> None:
     )
     started(database, model="hub/other", steps=20)
     started(database, methods=("tome",), steps=20)
-    found = {one.name for one in read_neighbours(database, configured())}
-    assert found == {steps.study_name, scheduler.study_name}
+    elsewhere = create_study(
+        database, configured(), replace(ENVIRONMENT, device="another"), RandomSampler(seed=0)
+    )
+    found = {one.name for one in read_neighbours(database, configured(), ENVIRONMENT)}
+    assert found == {steps.study_name, scheduler.study_name, elsewhere.study_name}

@@ -101,7 +101,9 @@ class Stand:
         say("loading")
         return self
 
-    def starts(self, known: Iterable[Mapping[str, ParamValue]] = ()) -> list[dict[str, ParamValue]]:
+    def starts(
+        self, known: Iterable[Mapping[str, ParamValue]] = (), *, alone: bool = True
+    ) -> list[dict[str, ParamValue]]:
         self.known = [dict(params) for params in known]
         return [self.defaults()]
 
@@ -971,6 +973,25 @@ def test_the_grid_of_a_continuous_parameter_ends(lab: Lab) -> None:
     assert all(ratio.accepts(value) for value in ratios)
 
 
+def test_why_the_last_search_ended_is_stored_until_another_begins_to_measure(lab: Lab) -> None:
+    told: list[str | None] = []
+
+    def fault(params: Params) -> None:
+        (study,) = read_studies(open_storage(lab.url))
+        told.append(study.stopped)
+
+    found = lab.search(Stand(fault=fault), trials=1)
+    (study,) = read_studies(open_storage(lab.url))
+    assert found.study.stopped == study.stopped == found.stopped == "the limit of 1 trials"
+    lab.search(Stand(fault=fault), trials=13, sampler="grid")
+    assert told == [None] * 12
+    (study,) = read_studies(open_storage(lab.url))
+    assert study.stopped == "all 12 settings are measured"
+    lab.search(Stand(fault=fault), trials=13, sampler="grid", goal=1.5)
+    (study,) = read_studies(open_storage(lab.url))
+    assert study.stopped == "trial 0 meets 1.5x"
+
+
 def test_many_settings_of_a_large_space_are_drawn_without_naming_all_of_it_for_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1165,7 +1186,9 @@ def test_a_guided_search_leaves_what_others_measure_to_them(lab: Lab) -> None:
         assert found.pending == ({"cache_interval": 5, "cache_branch_id": 0},)
 
 
-def test_neighbours_of_other_steps_and_schedulers_are_starts(lab: Lab) -> None:
+def test_neighbours_of_other_steps_schedulers_and_environments_are_starts(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = lab.search(Stand(), trials=6)
     assert here.best is not None
     for fields in ({"steps": 8}, {"scheduler": "EulerDiscreteScheduler"}):
@@ -1176,6 +1199,12 @@ def test_neighbours_of_other_steps_and_schedulers_are_starts(lab: Lab) -> None:
         other = Stand()
         lab.search(other, trials=1, **fields)
         assert here.best.params not in other.known
+    environment = environment_of(lab.configuration())
+    newer = replace(environment, versions={**environment.versions, "torch": "99.0"})
+    monkeypatch.setattr(module, "environment_of", lambda _: newer)
+    other = Stand()
+    lab.search(other, trials=1)
+    assert here.best.params in other.known
 
 
 # A speedup that is asked for

@@ -100,20 +100,20 @@ def space(
 
 
 def starts(
-    space: Sequence[Parameter], known: Iterable[Mapping[str, Value]] = ()
+    space: Sequence[Parameter], known: Iterable[Mapping[str, Value]] = (), *, alone: bool = True
 ) -> list[dict[str, Value]]:
     """Settings to begin a search of `space` with, each once.
 
     First the `known` ones, each of some of the methods, with the others at their identities; then
-    all defaults; then each method's alone. A sampler rarely meets the identities of all other
-    methods at once, and a combination may be no better than one of its parts. A method that the
-    space keeps from its identity stays on, and a known value that the space leaves out is not
-    tried.
+    all defaults; then, if wanted, those of each method `alone`. A sampler rarely meets the
+    identities of all other methods at once, and a combination may be no better than one of its
+    parts. A method that the space keeps from its identity stays on, and a known value that the
+    space leaves out is not tried.
     """
     defaults = {parameter.name: parameter.default for parameter in space}
     by_method = _by_method(space)
 
-    def alone(names: Container[str]) -> dict[str, Value]:
+    def only(names: Container[str]) -> dict[str, Value]:
         idle = {
             parameter.name: parameter.identity
             for name, parameters in by_method.items()
@@ -126,12 +126,13 @@ def starts(
     found = []
     for params in known:
         theirs = {name for name, own in by_method.items() if any(one.name in params for one in own)}
-        setting: dict[str, Value] = {**alone(theirs), **params}
+        setting: dict[str, Value] = {**only(theirs), **params}
         fits = setting.keys() == defaults.keys()
         if fits and all(one.accepts(setting[one.name]) for one in space):
             found.append(effective(space, setting))
     found.append(defaults)
-    found += [effective(space, alone({name})) for name in by_method]
+    if alone:
+        found += [effective(space, only({name})) for name in by_method]
     return [one for index, one in enumerate(found) if one not in found[:index]]
 
 

@@ -385,6 +385,8 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
         how = f"{measured} of {study.settings} settings were measured"
     else:
         how = f"{measured} settings were measured, of a space that cannot be counted"
+    if study.stopped is not None:
+        how += f"; the last search ended, since: {study.stopped}"
     told.append(("Search", how))
     return told
 

@@ -265,6 +265,7 @@ def test_a_search_starts_with_the_known_settings_that_its_space_has(log: list[st
         {"first_level": 2, "second_level": 2},
     ]
     assert len(starts(both, known)) == 5
+    assert starts(both, known, alone=False) == starts(both, known)[:3]
 
 
 def test_a_search_starts_with_no_identity_that_its_plan_excludes(log: list[str]) -> None:
