@@ -139,7 +139,7 @@ class Bench:
     def starts(
         self, known: Iterable[Mapping[str, ParamValue]] = (), *, alone: bool = True
     ) -> list[dict[str, ParamValue]]:
-        """Settings to begin with: known good ones of some of the methods, and then each alone."""
+        """Settings to begin with, as `methods.starts` says."""
         return methods.starts(self.space, known, alone=alone)
 
     def defaults(self) -> dict[str, ParamValue]:

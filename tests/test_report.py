@@ -50,6 +50,7 @@ from accelsearch.storage import (
     record,
     record_aside,
     record_verification,
+    say_stopped,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
@@ -329,6 +330,10 @@ def test_sureness_tells_intervals_prompts_and_verification(database: BaseStorage
     assert told["Loss, clip_score"] == "clip_score loss 1 % of 2 %, all 2 prompts of the search"
     assert told["Budget"].startswith("kept in the mean over these prompts")
     assert told["Verification"].startswith("none so far: set held_out_images")
+    assert "the last search stopped" not in told["Search"]
+    say_stopped(study, "the limit of 1 trials")
+    told = dict(sureness(read_study(study), read_study(study).trials[number]))
+    assert told["Search"].endswith("; the last search stopped: the limit of 1 trials")
     record_aside(study, number)
     told = dict(sureness(read_study(study), read_study(study).trials[number]))
     assert told["Verification"].startswith("not tried on the held-out prompts, since it takes some")

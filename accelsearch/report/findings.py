@@ -386,7 +386,7 @@ def sureness(study: StoredStudy, trial: StoredTrial) -> list[tuple[str, str]]:
     else:
         how = f"{measured} settings were measured, of a space that cannot be counted"
     if study.stopped is not None:
-        how += f"; the last search ended, since: {study.stopped}"
+        how += f"; the last search stopped: {study.stopped}"
     told.append(("Search", how))
     return told
 
