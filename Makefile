@@ -85,7 +85,7 @@ bench-scripts: $(VENV)/installed ## Generate the demo's scripts, and run each be
 bench-report: $(VENV)/installed ## Make the report of 500 trials: its seconds and its size
 	$(BIN)/python benchmarks/report.py
 
-bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: some 75 minutes of one core
+bench-replay: $(VENV)/installed ## Replay searches against the recorded tables: some 110 minutes of one core
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/replay.py --out docs/images/replay.svg
 
 clean: ## Remove the virtual environment and all caches, but no results
