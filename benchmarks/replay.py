@@ -609,7 +609,7 @@ class Result:
 
 
 def replayed(
-    table: Table, strategy: str, batch: int, limit: int, max_pairs: int, seed: int
+    table: Table, strategy: str, seed: int, batch: int, limit: int, max_pairs: int = MAX_PAIRS
 ) -> Result:
     """One run."""
     search = Search(table, seed, batch, max_pairs)
@@ -700,7 +700,12 @@ def main() -> int:
                         min(options.slow_seeds, options.seeds) if name in SLOW else options.seeds
                     )
                     run = partial(
-                        replayed, table, name, options.batch, options.trials, options.max_pairs
+                        replayed,
+                        table,
+                        name,
+                        batch=options.batch,
+                        limit=options.trials,
+                        max_pairs=options.max_pairs,
                     )
                     results = list(pool.map(run, range(count), chunksize=max(count // 20, 1)))
                     panels[title][name] = results

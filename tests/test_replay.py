@@ -178,11 +178,20 @@ def test_a_failed_setting_is_charged_its_call_and_never_kept(replay: Any, path: 
 
 
 @pytest.mark.parametrize(
-    "name", ["traversal", "random", "TPE", "TPE, median of speedup", "TPE, halving of loss", "ours"]
+    "name",
+    [
+        "traversal",
+        "random",
+        "TPE",
+        "TPE, median of speedup",
+        "TPE, halving of loss",
+        "TPE, defaults, median of speedup",
+        "ours",
+    ],
 )
 def test_every_strategy_is_charged_what_it_looked_at(replay: Any, path: Path, name: str) -> None:
     table = replay.table_of(path, [BUDGET])
-    result = replay.replayed(table, replay.STRATEGIES[name], seed=1, batch=6, limit=8)
+    result = replay.replayed(table, name, seed=1, batch=6, limit=8)
     assert 0 < result.spent <= (1.0 + 1e-9 if name in ("traversal", "random") else 1.2)
     assert result.curve[-1][0] <= result.spent + 1e-9
     assert result.holds <= result.exported
@@ -201,7 +210,7 @@ def test_ours_finds_the_reference_for_less_than_the_traversal(
     monkeypatch.setattr(replay.Search, "verify", confirming)
     table = replay.table_of(path, [BUDGET])
     for seed in range(5):
-        result = replay.replayed(table, replay.ours, seed, batch=6, limit=12)
+        result = replay.replayed(table, "ours", seed, batch=6, limit=12)
         assert result.reached < 0.6  # of twelve settings
         assert result.regret == pytest.approx(0.0, abs=1e-9)
 
@@ -267,7 +276,7 @@ def test_an_answer_that_nothing_verifies_is_the_fastest_all_the_same(
     table = replay.table_of(path, [BUDGET])
     refuting = lambda search, trial: search.refuted.append(trial.setting) or False  # noqa: E731
     monkeypatch.setattr(replay.Search, "verify", refuting)
-    result = replay.replayed(table, replay.ours, 0, batch=6, limit=12)
+    result = replay.replayed(table, "ours", 0, batch=6, limit=12)
     assert (result.exported, result.holds) == (False, False)
     assert result.regret == pytest.approx(0.0, abs=1e-9)
 
