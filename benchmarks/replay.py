@@ -696,24 +696,23 @@ def main() -> int:
                 print(f"\n## {title}\n\n{told(table, options.batch)}\n\n{HEAD}", flush=True)
                 panels[title] = {}
                 for name in options.strategy or STRATEGIES:
-                    count = (
-                        min(options.slow_seeds, options.seeds) if name in SLOW else options.seeds
-                    )
-                    run = partial(
-                        replayed,
-                        table,
-                        name,
-                        batch=options.batch,
-                        limit=options.trials,
-                        max_pairs=options.max_pairs,
-                    )
-                    results = list(pool.map(run, range(count), chunksize=max(count // 20, 1)))
+                    results = _runs(pool, table, name, options)
                     panels[title][name] = results
                     print(row_of(name, results), flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(drawn(panels), encoding="utf-8")
     return 0
+
+
+def _runs(
+    pool: ProcessPoolExecutor, table: Table, name: str, options: argparse.Namespace
+) -> list[Result]:
+    count = min(options.slow_seeds, options.seeds) if name in SLOW else options.seeds
+    limits = {"batch": options.batch, "limit": options.trials, "max_pairs": options.max_pairs}
+    run = partial(replayed, table, name, **limits)
+    # In chunks, since the table is sent with each.
+    return list(pool.map(run, range(count), chunksize=max(count // 20, 1)))
 
 
 def _budget(parser: argparse.ArgumentParser, text: str) -> Budget:
